@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Image(Protocol):
         than `limit` table entries would have to be decoded. Raises RequestError past the disk's
         end, CorruptMetadata for a malformed entry."""
 
-    def read_run(self, run: Extent, buffer: memoryview) -> None:
-        """Fill the buffer (run.length bytes) with a DATA extent of this layer's own table."""
+    def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
+        """Put DATA extents of this layer's own table into the buffer, whose first byte is guest
+        offset `base`. The rest of the buffer is left alone."""
 
     def close(self) -> None: ...

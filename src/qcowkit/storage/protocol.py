@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,7 @@ class StorageCaps:
 
 
 class Storage(Protocol):
-    """Offsets and lengths in bytes. Every method raises StorageError, with the errno, on failure."""
+    """Offsets and lengths in bytes. A failure is a StorageError, which keeps the errno."""
 
     @property
     def name(self) -> str:

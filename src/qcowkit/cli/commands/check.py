@@ -1,0 +1,70 @@
+"""`qcow check`: recount what an image refers to and report what does not add up."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from qcowkit.budget import TRUSTED
+from qcowkit.cli import exits
+from qcowkit.cli.common import (
+    add_access,
+    add_cache,
+    add_format,
+    add_output,
+    add_progress,
+    add_quiet,
+    image_specs,
+    make_gate,
+    warn,
+    write_json,
+    write_lines,
+)
+from qcowkit.cli.options import parse_objects
+from qcowkit.cli.parsing import Parser
+from qcowkit.cli.progress import Progress
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.check import check_image
+
+
+def configure(parser: Parser) -> None:
+    """Flags of qemu-img check; progress is ours."""
+    parser.add_argument("file", metavar="FILE", help="image")
+    add_format(parser)
+    parser.refuse(
+        "-r", "--repair", value=True, reason="repairing is not supported yet; check only reads"
+    )
+    add_cache(parser, "-T", what="source")
+    add_quiet(parser)
+    add_output(parser)
+    add_progress(parser)
+    add_access(parser)
+    parser.examples(
+        "qcow check disk.qcow2              exit code 0: clean, 2: corrupt, 3: leaks, 1: failed",
+        "qcow check --output=json disk.qcow2",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Check the image alone: its backing chain is neither opened nor needed."""
+    parse_objects(args.objects)
+    (spec,) = image_specs(args, [args.file], format=args.format)
+    layers = open_layers(
+        spec.path,
+        format=spec.format,
+        gate=make_gate(args),
+        budget=TRUSTED,
+        follow_backing=False,
+    )
+    try:
+        warn(args, layers[0].warnings)
+        if layers[0].metadata.format == "raw":
+            raise exits.Exit(exits.CHECK_UNSUPPORTED, "raw disks have nothing that can be checked")
+        with Progress.of(args, "check") as progress:
+            result = check_image(layers[0], progress=progress)
+    finally:
+        close_layers(layers)
+    if args.output == "json":
+        write_json(result.as_json())
+    elif not args.quiet:
+        write_lines(result.render())
+    return result.exit_code

@@ -1,0 +1,61 @@
+"""`qcow compare`: do two disks have the same content?"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from qcowkit.cli import exits
+from qcowkit.cli.common import (
+    add_access,
+    add_cache,
+    add_format,
+    add_output,
+    add_progress,
+    add_quiet,
+    write_json,
+    write_lines,
+)
+from qcowkit.cli.opening import open_disk
+from qcowkit.cli.options import parse_objects
+from qcowkit.cli.parsing import Parser
+from qcowkit.cli.progress import Progress
+from qcowkit.operations.compare import compare
+
+
+def configure(parser: Parser) -> None:
+    """Flags of qemu-img compare; JSON is ours."""
+    parser.add_argument("first", metavar="FILE1", help="image")
+    parser.add_argument("second", metavar="FILE2", help="image to compare it with")
+    add_format(parser, "-f", what="FILE1")
+    add_format(parser, "-F", dest="second_format", what="FILE2")
+    add_cache(parser, "-T", what="source")
+    parser.add_argument(
+        "-s",
+        "--strict",
+        action="store_true",
+        help="sizes must be equal, and what is allocated in one must be allocated in the other",
+    )
+    add_quiet(parser)
+    add_output(parser)
+    add_progress(parser)
+    add_access(parser)
+    parser.examples(
+        "qcow compare disk.raw disk.qcow2   exit code 0: same, 1: different, 2: not opened, 4: read"
+    )
+
+
+def run(args: Namespace) -> int:
+    """Compare; an image that cannot be opened ends with 2, one that cannot be read with 4."""
+    with exits.failing_as(exits.COMPARE_OPEN):
+        parse_objects(args.objects)
+        first = open_disk(args, args.first, format=args.format)
+    with first:
+        with exits.failing_as(exits.COMPARE_OPEN):
+            second = open_disk(args, args.second, format=args.second_format)
+        with second, exits.failing_as(exits.COMPARE_READ), Progress.of(args, "compare") as progress:
+            result = compare(first, second, strict=args.strict, progress=progress)
+    if args.output == "json":
+        write_json(result.as_json())
+    elif not args.quiet:
+        write_lines(result.render())
+    return exits.COMPARE_SAME if result.same else exits.COMPARE_DIFFERENT

@@ -1,0 +1,103 @@
+"""`qcow map`: where the data of a disk lies, as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+
+from qcowkit.cli import exits
+from qcowkit.cli.common import (
+    add_access,
+    add_format,
+    add_output,
+    size_argument,
+    write_bytes,
+    write_lines,
+    write_text,
+)
+from qcowkit.cli.opening import open_disk
+from qcowkit.cli.options import parse_objects
+from qcowkit.cli.parsing import Parser
+from qcowkit.errors import RequestError
+from qcowkit.operations.map import iter_map_json, render_map_text
+from qcowkit.operations.plot import plot_png, plot_svg, plot_terminal
+from qcowkit.storage.atomic import AtomicOutput
+
+_ROWS = 16
+
+
+def configure(parser: Parser) -> None:
+    """Flags of qemu-img map; pictures are ours."""
+    parser.add_argument("file", metavar="FILE", help="image")
+    add_format(parser)
+    parser.add_argument(
+        "-s",
+        "--start-offset",
+        dest="start",
+        metavar="OFFSET",
+        type=size_argument,
+        default=0,
+        help="first guest byte (0)",
+    )
+    parser.add_argument(
+        "-l",
+        "--max-length",
+        dest="length",
+        metavar="LENGTH",
+        type=size_argument,
+        help="guest bytes to list (to the end of the disk)",
+    )
+    add_output(parser)
+    parser.add_argument(
+        "--plot", action="store_true", help="draw the map of the whole disk in the terminal"
+    )
+    parser.add_argument(
+        "--plot-file",
+        metavar="PICTURE",
+        help="draw it into a file whose name ends in .svg or .png",
+    )
+    add_access(parser)
+    parser.examples(
+        "qcow map disk.qcow2",
+        "qcow map --output=json -s 1G -l 64M disk.qcow2",
+        "qcow map --plot disk.qcow2",
+        "qcow map --plot-file disk.svg disk.qcow2",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Print or draw the map."""
+    kind = _picture_kind(args.plot_file)
+    parse_objects(args.objects)
+    with open_disk(args, args.file, format=args.format) as chain:
+        if args.plot:
+            size = shutil.get_terminal_size()
+            write_text(plot_terminal(chain, columns=size.columns, rows=_ROWS).rstrip("\n") + "\n")
+        if kind == "svg":
+            _save(plot_svg(chain).encode(), args.plot_file)
+        elif kind == "png":
+            _save(plot_png(chain), args.plot_file)
+        if args.plot or kind:
+            return exits.SUCCESS
+        if args.output == "json":
+            write_bytes(iter_map_json(chain, start=args.start, length=args.length))
+            return exits.SUCCESS
+        names = [str(layer.path) for layer in chain.layers]
+        write_lines(render_map_text(chain, start=args.start, length=args.length, files=names))
+    return exits.SUCCESS
+
+
+def _picture_kind(name: str | None) -> str | None:
+    """svg or png, as the name ends. Raises RequestError for any other."""
+    if name is None:
+        return None
+    kind = name.rpartition(".")[2].lower()
+    if kind not in ("svg", "png"):
+        raise RequestError(f"--plot-file: {name!r} ends in neither .svg nor .png")
+    return kind
+
+
+def _save(picture: bytes, path: str) -> None:
+    with AtomicOutput(path) as output:
+        output.storage.pwrite([picture], offset=0)
+        output.commit()

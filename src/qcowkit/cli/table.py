@@ -1,0 +1,59 @@
+"""The verbs of the command line, and the only place that imports lazily: a verb loads what it
+needs, nothing else. `qcow --help` reads this table alone. Numpy-free."""
+
+from __future__ import annotations
+
+import importlib
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from qcowkit.cli import exits
+
+if TYPE_CHECKING:
+    from qcowkit.cli.parsing import Parser
+
+
+class Command(Protocol):
+    """What a module of `cli/commands` offers."""
+
+    def configure(self, parser: Parser) -> None:
+        """Add the operands and flags of the verb."""
+
+    def run(self, args: Namespace) -> int:
+        """Carry it out; returns the exit code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One line of `qcow --help`. `usage_exit`: the exit code of bad usage."""
+
+    name: str
+    summary: str
+    usage_exit: int = exits.FAILURE
+
+    def load(self) -> Command:
+        """Import the module of the verb."""
+        return cast(Command, importlib.import_module(f"qcowkit.cli.commands.{self.name}"))
+
+
+def _own(name: str, summary: str) -> Verb:
+    """A verb that qemu-img does not have."""
+    return Verb(name=name, summary=summary, usage_exit=exits.USAGE)
+
+
+VERBS = (
+    Verb(name="info", summary="say what an image is: format, sizes, features, snapshots"),
+    Verb(name="map", summary="list where the data of a disk lies, or draw it"),
+    Verb(name="convert", summary="copy disks into a new image of any format"),
+    Verb(name="check", summary="recount references, find leaks and corruptions"),
+    Verb(name="compare", summary="tell whether two disks have the same content"),
+    Verb(name="measure", summary="say how large an image would become"),
+    Verb(name="create", summary="make a new, empty image"),
+    Verb(name="dd", summary="copy a part of a disk"),
+    _own("headers", "list the allocated clusters as JSON"),
+    _own("inspect", "judge a file of a stranger: is it safe to use?"),
+    _own("completion", "print the completion script of a shell"),
+)
+
+BY_NAME = {verb.name: verb for verb in VERBS}

@@ -1,0 +1,47 @@
+"""The block allocation table and the sector bitmaps of a VHD, as arrays. Pure.
+
+Source: the VHD specification, section "Block Allocation Table and Data Blocks"."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowkit.extents.table import Int64Array
+from qcowkit.units import SECTOR, align_up
+
+ENTRY_SIZE = 4
+UNUSED = -1
+# Unsigned on disk: files above 1 TiB set the highest bit.
+_DISK = np.dtype(">u4")
+_UNUSED_ON_DISK = 0xFFFF_FFFF
+MAX_SECTOR = _UNUSED_ON_DISK - 1
+
+
+def table_size(entries: int) -> int:
+    """Bytes of a table of `entries` entries on disk, padded to whole sectors."""
+    return align_up(entries * ENTRY_SIZE, SECTOR)
+
+
+def decode_bat(raw: bytes) -> Int64Array:
+    """int64 sector numbers, shape (len(raw) / 4,); -1 where the block is unused."""
+    sectors = np.frombuffer(raw, dtype=_DISK).astype(np.int64)
+    sectors[sectors == _UNUSED_ON_DISK] = UNUSED
+    return sectors
+
+
+def encode_bat(sectors: Int64Array) -> bytes:
+    """The entries on disk, without padding; -1 becomes unused."""
+    return sectors.astype(_DISK).tobytes()
+
+
+def decode_bitmap(raw: bytes, *, count: int) -> npt.NDArray[np.bool_]:
+    """The first `count` bits, the most significant of each byte first: True is present."""
+    bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=count)
+    return bits.view(np.bool_)
+
+
+def encode_bitmap(present: npt.NDArray[np.bool_]) -> bytes:
+    """The bitmap of a block on disk, padded with zeros to whole sectors."""
+    raw = np.packbits(present).tobytes()
+    return raw.ljust(align_up(len(raw), SECTOR), b"\0")

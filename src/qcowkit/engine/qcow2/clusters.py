@@ -1,0 +1,91 @@
+"""Compressed clusters of one image, read and decoded; neighbours in the file share a read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from qcowkit.codecs.qcow2.compression import BadCluster, decompress
+from qcowkit.errors import CorruptMetadata
+from qcowkit.extents.table import Extent
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import KiB, MiB
+
+MAX_SPAN = 4 * MiB
+MAX_WASTE = 64 * KiB
+_KEEP_BYTES = 1 * MiB
+
+
+def plan_spans(runs: Sequence[Extent]) -> Iterator[tuple[int, int, Sequence[Extent]]]:
+    """Group compressed rows whose bytes lie close together: (host offset, length, rows). Pure."""
+    index = 0
+    while index < len(runs):
+        begin = runs[index].host
+        end = begin + runs[index].stored
+        last = index + 1
+        while last < len(runs):
+            host, stored = runs[last].host, runs[last].stored
+            if not begin <= host <= end + MAX_WASTE or host + stored - begin > MAX_SPAN:
+                break
+            end = max(end, host + stored)
+            last += 1
+        yield begin, end - begin, runs[index:last]
+        index = last
+
+
+@dataclass(slots=True, kw_only=True)
+class ClusterReader:
+    """Decodes compressed clusters of one file. Safe from several threads."""
+
+    storage: Storage
+    kind: str
+    cluster_size: int
+    _recent: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read_into(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
+        """Put the bytes of compressed rows where they belong; buffer[0] is guest offset `base`."""
+        if len(runs) == 1 and runs[0].length < self.cluster_size:
+            self._read_part(runs[0], buffer, base)
+            return
+        for begin, length, rows in plan_spans(runs):
+            raw = memoryview(self.storage.pread(length, offset=begin))
+            for row in rows:
+                at = row.host - begin
+                data = self.decode(raw[at : at + row.stored], host=row.host)
+                self._put(row, data, buffer, base)
+
+    def read_stored(self, run: Extent) -> bytes:
+        """The compressed bytes as they lie in the file."""
+        return self.storage.pread(run.stored, offset=run.host)
+
+    def decode(self, data: bytes | memoryview, *, host: int) -> bytes:
+        """One cluster of guest bytes. Raises CorruptMetadata at `host` for anything else."""
+        try:
+            return decompress(self.kind, data, size=self.cluster_size)
+        except BadCluster as error:
+            raise CorruptMetadata(
+                f"{self.kind} compressed cluster", host_offset=host, reason=str(error)
+            ) from None
+
+    def _read_part(self, run: Extent, buffer: memoryview, base: int) -> None:
+        """Small sequential reads come back to the same cluster: keep the last few decoded."""
+        with self._lock:
+            data = self._recent.get(run.host)
+        if data is None:
+            data = self.decode(self.read_stored(run), host=run.host)
+            with self._lock:
+                self._recent[run.host] = data
+                while len(self._recent) > max(1, _KEEP_BYTES // self.cluster_size):
+                    self._recent.popitem(last=False)
+        self._put(run, data, buffer, base)
+
+    def _put(self, run: Extent, data: bytes, buffer: memoryview, base: int) -> None:
+        at = run.start - base
+        inside = run.start & (self.cluster_size - 1)
+        if run.length == len(data):
+            buffer[at : at + run.length] = data
+        else:
+            buffer[at : at + run.length] = memoryview(data)[inside : inside + run.length]

@@ -1,0 +1,129 @@
+"""Guest ranges of one qcow2 layer to extents, a bounded number of L2 entries at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcowkit.codecs.qcow2.entries import (
+    OFFSET_MASK,
+    BadEntry,
+    EntryRules,
+    Uint64Array,
+    map_entries,
+    split_words,
+)
+from qcowkit.engine.qcow2.tables import L2Tables
+from qcowkit.errors import CorruptMetadata
+from qcowkit.extents.algebra import clip
+from qcowkit.extents.table import (
+    ExtentTable,
+    Flag,
+    Int64Array,
+    concatenate,
+    make_table,
+    single,
+)
+
+# Entries decoded at once: some tens of megabytes of columns at the worst.
+WINDOW_ENTRIES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """The tables of one address space: the active disk or a snapshot. `size`: guest bytes."""
+
+    l1: Uint64Array
+    tables: L2Tables
+    rules: EntryRules
+    size: int
+
+    def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
+        """As `Image.extents`: covers less than asked after about `limit` decoded entries."""
+        stop = start + length
+        parts: list[ExtentTable] = []
+        position, spent = start, 0
+        while position < stop and (limit is None or spent < limit):
+            entries = WINDOW_ENTRIES if limit is None else min(WINDOW_ENTRIES, limit - spent)
+            table, used = self._window(position, stop, max(1, entries))
+            parts.append(table)
+            position, spent = table.end, spent + used
+        return concatenate(parts)
+
+    def _window(self, start: int, stop: int, entries: int) -> tuple[ExtentTable, int]:
+        """Map as much of [start, stop) as `entries` L2 entries allow; and how many were decoded."""
+        geometry = self.rules.geometry
+        coverage = geometry.l2_coverage
+        first, last = start // coverage, (stop - 1) // coverage
+        if first == last:
+            return self._one_table(first, start, stop, entries)
+        most = max(1, entries // geometry.l2_entries)
+        used = np.flatnonzero(self.l1[first : last + 1] & np.uint64(OFFSET_MASK)) + first
+        if len(used) > most:
+            # Everything up to the first table that no longer fits.
+            last = int(used[most]) - 1
+            used = used[:most]
+            stop = min(stop, (last + 1) * coverage)
+        if len(used) == 0:
+            return single(start, stop - start, Flag.NONE), 0
+        if first == last:
+            return self._one_table(first, start, stop, entries)
+        table = self._fill_gaps(self._tables(used), first * coverage, (last + 1) * coverage)
+        return clip(table, start, stop), len(used) * geometry.l2_entries
+
+    def _one_table(
+        self, index: int, start: int, stop: int, entries: int
+    ) -> tuple[ExtentTable, int]:
+        """A range below one L1 entry: only the words needed are loaded."""
+        geometry = self.rules.geometry
+        word = int(self.l1[index])
+        if not word & OFFSET_MASK:
+            return single(start, stop - start, Flag.NONE), 0
+        bits = geometry.cluster_bits
+        cluster = start >> bits
+        count = min(((stop - 1) >> bits) + 1 - cluster, entries)
+        stop = min(stop, (cluster + count) << bits)
+        first = geometry.l2_index(start)
+        words = self.tables.load_part(word, first=first, count=count)
+        starts = (cluster + np.arange(count, dtype=np.int64)) << bits
+        table = self._decode(words, starts, np.array([word], dtype=np.uint64), skipped=first)
+        return clip(table, start, stop), count
+
+    def _tables(self, used: Int64Array) -> ExtentTable:
+        geometry = self.rules.geometry
+        l1_entries = self.l1[used]
+        words = self.tables.load_whole(l1_entries)
+        clusters = np.arange(geometry.l2_entries, dtype=np.int64) << geometry.cluster_bits
+        starts = (used.astype(np.int64)[:, None] * geometry.l2_coverage + clusters).ravel()
+        return self._decode(words, starts, l1_entries, skipped=0)
+
+    def _decode(
+        self, words: Uint64Array, starts: Int64Array, l1_entries: Uint64Array, *, skipped: int
+    ) -> ExtentTable:
+        geometry = self.rules.geometry
+        entries, bitmaps = split_words(words, geometry=geometry)
+        try:
+            return map_entries(entries, bitmaps, starts, rules=self.rules)
+        except BadEntry as error:
+            table, index = divmod(error.index + skipped, geometry.l2_entries)
+            raise CorruptMetadata(
+                "L2 table",
+                host_offset=int(l1_entries[table]) & OFFSET_MASK,
+                index=index,
+                reason=error.reason,
+            ) from None
+
+    @staticmethod
+    def _fill_gaps(table: ExtentTable, start: int, stop: int) -> ExtentTable:
+        """Unallocated rows where the L1 table has no entry."""
+        ends = table.start + table.length
+        gap_start = np.concatenate(([start], ends))
+        gap_end = np.concatenate((table.start, [stop]))
+        real = gap_end > gap_start
+        if not real.any():
+            return table
+        gaps = make_table(gap_start[real], (gap_end - gap_start)[real], Flag.NONE)
+        # Merge two sorted lists: each row's place is its rank in both.
+        joined = concatenate([table, gaps])
+        return joined.take(np.argsort(joined.start, kind="stable"))

@@ -1,0 +1,143 @@
+"""What a new qcow2 image shall be: the options of create and convert, checked as a whole. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from qcowkit.codecs.qcow2.compression import COMPRESSION_TYPES, ZLIB, ZSTD
+from qcowkit.codecs.qcow2.extensions import Extensions
+from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS, Geometry
+from qcowkit.codecs.qcow2.header import CompressionType, Header, new_header
+from qcowkit.errors import RequestError, UnsupportedFeature
+
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2Spec:
+    """A new image. size: guest bytes. level: of the compressor, None for its default."""
+
+    size: int
+    geometry: Geometry = field(default_factory=lambda: Geometry(cluster_bits=16))
+    version: int = 3
+    compression_type: str = ZLIB
+    compression_level: int | None = None
+    lazy_refcounts: bool = False
+    preallocation: str = "off"
+    backing_name: str | None = None
+    backing_format: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for what the format does not allow, before any file is touched."""
+        _check_choices(self)
+        _check_version(self)
+        _check_size(self)
+        _check_preallocation(self)
+        _check_data_file(self)
+
+    @property
+    def preallocated(self) -> bool:
+        """Every guest cluster gets a host cluster. A raw data file needs that as well."""
+        return self.preallocation != "off" or self.data_file_raw
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Zeros must be said: a backing file would show through."""
+        return self.backing_name is not None
+
+    def header(self) -> Header:
+        """The header without its table offsets."""
+        return new_header(
+            self.geometry,
+            size=self.size,
+            version=self.version,
+            compression_type=CompressionType.ZSTD
+            if self.compression_type == ZSTD
+            else CompressionType.ZLIB,
+            lazy_refcounts=self.lazy_refcounts,
+            data_file=self.data_file is not None,
+            data_file_raw=self.data_file_raw,
+        )
+
+    def extensions(self) -> Extensions:
+        """The header extensions of the new image."""
+        return Extensions(backing_format=self.backing_format, data_file=self.data_file)
+
+
+def _check_choices(spec: Qcow2Spec) -> None:
+    if spec.compression_type not in COMPRESSION_TYPES:
+        raise RequestError(
+            f"compression_type {spec.compression_type!r} is not one of zlib, zstd"
+        )
+    if spec.preallocation not in PREALLOCATIONS:
+        raise RequestError(
+            f"preallocation {spec.preallocation!r} is not one of {', '.join(PREALLOCATIONS)}"
+        )
+    geometry = spec.geometry
+    if geometry.extended_l2 and geometry.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise RequestError(
+            f"extended_l2 needs a cluster_size of at least {1 << MIN_EXTENDED_CLUSTER_BITS}, "
+            f"found {geometry.cluster_size}"
+        )
+
+
+def _check_version(spec: Qcow2Spec) -> None:
+    if spec.version >= 3:
+        return
+    needs = {
+        "extended_l2": spec.geometry.extended_l2,
+        "lazy_refcounts": spec.lazy_refcounts,
+        "data_file": spec.data_file is not None,
+        "compression_type=zstd": spec.compression_type == ZSTD,
+        f"refcount_bits={spec.geometry.refcount_bits}": spec.geometry.refcount_order != 4,
+    }
+    for name, wanted in needs.items():
+        if wanted:
+            raise RequestError(f"{name} needs compat=1.1, found compat=0.10")
+
+
+def _check_size(spec: Qcow2Spec) -> None:
+    geometry = spec.geometry
+    if spec.size % 512:
+        raise RequestError(f"size {spec.size} is not a multiple of 512")
+    table = geometry.l1_entries(spec.size) * 8
+    if table > MAX_L1_BYTES:
+        most = MAX_L1_BYTES // 8 * geometry.l2_coverage
+        raise RequestError(
+            f"size {spec.size} is above the limit of {most} bytes for "
+            f"cluster_size={geometry.cluster_size}: choose larger clusters"
+        )
+
+
+def _check_preallocation(spec: Qcow2Spec) -> None:
+    if spec.preallocation == "off" or spec.backing_name is None:
+        return
+    if not spec.geometry.extended_l2:
+        raise RequestError(
+            "preallocation with a backing file needs extended_l2=on: plain clusters would hide it"
+        )
+
+
+def _check_data_file(spec: Qcow2Spec) -> None:
+    if spec.data_file is None:
+        if spec.data_file_raw:
+            raise RequestError("data_file_raw=on needs data_file")
+        return
+    if spec.data_file_raw and spec.backing_name is not None:
+        raise RequestError("data_file_raw=on excludes a backing file")
+    if spec.data_file_raw and spec.geometry.extended_l2 and spec.preallocation == "off":
+        # Every subcluster of a raw data file is allocated; nothing else could be true.
+        return
+
+
+def refuse_compressed_data_file(spec: Qcow2Spec) -> None:
+    """Raise where compressed clusters are asked for and cannot be."""
+    if spec.data_file is not None:
+        raise UnsupportedFeature(
+            "compression", reason="an external data file cannot hold compressed clusters"
+        )
+    if spec.preallocated:
+        raise RequestError("compression and preallocation exclude one another")

@@ -1,0 +1,73 @@
+"""What travels through a bulk copy: chunks of guest bytes, and the writes that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowkit.storage.protocol import Storage
+
+
+class UnitState(IntEnum):
+    """What a unit of the target shall be. ABSENT: whatever lies below shows."""
+
+    ABSENT = 0
+    ZERO = 1
+    DATA = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A guest range that was read. start, length: bytes; start is a multiple of the target's unit.
+
+    states: UnitState a unit, uint8, shape (ceil(length / unit),). view: the bytes, longer than
+    `length` only by zero padding. blobs: compressed clusters by index, None where the cluster is
+    not compressed; empty when the target does not compress."""
+
+    start: int
+    length: int
+    states: npt.NDArray[np.uint8]
+    view: memoryview
+    blobs: Sequence[bytes | None] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """Buffers, one behind the other, at a host offset of a storage."""
+
+    storage: Storage
+    buffers: Sequence[bytes | memoryview]
+    offset: int
+
+    def run(self) -> None:
+        """Carry it out."""
+        self.storage.pwrite(self.buffers, offset=self.offset)
+
+
+class BulkTarget(Protocol):
+    """A new image that is filled in ascending guest order by one thread.
+
+    unit: bytes, the grain of `Chunk.states`. explicit_zeros: zeros must be told from ABSENT."""
+
+    @property
+    def unit(self) -> int: ...
+
+    @property
+    def explicit_zeros(self) -> bool: ...
+
+    def place(self, chunk: Chunk) -> list[Write]:
+        """Decide where the chunk goes. Writes may run later, in any order, on any thread."""
+
+    def place_zeros(self, start: int, length: int) -> None:
+        """A range of whole units, or up to the disk's end, that must read as zeros."""
+
+    def place_direct(self, start: int, length: int) -> tuple[Storage, int]:
+        """Room for a range of whole units that the host copies: (storage, host offset)."""
+
+    def finish(self) -> None:
+        """Write the tables, then the header. The caller makes it durable."""

@@ -1,0 +1,172 @@
+"""A backing chain as one disk: a flat list of layers, merged by `overlay`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowkit.extents.algebra import clip, overlay
+from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
+from qcowkit.image.lineage import Layer
+from qcowkit.image.plain import check_range
+from qcowkit.image.protocol import Image
+from qcowkit.image.rawio import DiskFile
+from qcowkit.units import MiB, align_down
+
+# Table entries decoded for one window of `iter_extents`.
+WINDOW_ENTRIES = 1 << 17
+_READ_WINDOW = 8 * MiB
+_DATA_OR_ZERO = int(Flag.DATA | Flag.ZERO)
+
+
+def data_rows(table: ExtentTable) -> ExtentTable:
+    """The rows whose bytes must be read: DATA that is not known to be zero. Not contiguous."""
+    return table.take((table.flags & _DATA_OR_ZERO) == Flag.DATA)
+
+
+class Chain:
+    """A guest disk: the top image and what lies below it. Reads are safe from several threads.
+
+    layers: what was opened, top first. images: their address spaces, in the same order.
+    >>> import qcowkit, tempfile, pathlib
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = pathlib.Path(folder.name, "disk.raw")
+    >>> _ = path.write_bytes(b"boot" + bytes(1020))
+    >>> with qcowkit.open(path, format="raw") as disk:
+    ...     disk.size, disk.read(offset=0, length=4)
+    (1024, b'boot')
+    >>> folder.cleanup()
+    """
+
+    def __init__(self, images: Sequence[Image], *, layers: Sequence[Layer] = ()) -> None:
+        self.images = tuple(images)
+        self.layers = tuple(layers)
+        self.size = self.images[0].size
+        # A byte beyond a short layer is zero there, whatever lies deeper.
+        self._reach = np.minimum.accumulate([image.size for image in self.images]).tolist()
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of the top image's allocation unit."""
+        return self.images[0].cluster_size
+
+    @property
+    def format(self) -> str:
+        """The top image's format: raw, qcow2 or vpc."""
+        return self.images[0].metadata.format
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was tolerated while opening, one line each."""
+        return tuple(line for layer in self.layers for line in layer.warnings)
+
+    def extents(
+        self, *, start: int = 0, length: int | None = None, limit: int | None = None
+    ) -> ExtentTable:
+        """Map [start, start + length) through the chain; `layer` is the depth that decides.
+
+        Covers the range, or with `limit` a first part of it, as `Image.extents` does. Raises
+        RequestError past the disk's end, CorruptMetadata for malformed tables."""
+        length = self.size - start if length is None else length
+        check_range(start=start, length=length, size=self.size)
+        if length == 0:
+            return concatenate([])
+        stop = start + length
+        tables: list[ExtentTable] = []
+        for depth, image in enumerate(self.images):
+            reach = min(stop, self._reach[depth])
+            if reach <= start:
+                break
+            table = image.extents(start=start, length=reach - start, limit=limit)
+            if table.end < reach:
+                stop = table.end
+            tables.append(_at_depth(table, depth))
+            if bool(((table.flags & np.uint16(Flag.PRESENT)) != 0).all()):
+                break
+        result = tables.pop()
+        while tables:
+            result = overlay(tables.pop(), result)
+        return clip(result, start, stop)
+
+    def iter_extents(
+        self, *, start: int = 0, length: int | None = None, align: int = 1
+    ) -> Iterator[ExtentTable]:
+        """The same by windows of bounded memory, each ending at a multiple of `align` (a power of
+        two) or at the end of the range."""
+        stop = self.size if length is None else start + length
+        while start < stop:
+            table = self.extents(start=start, length=stop - start, limit=WINDOW_ENTRIES)
+            if table.end < stop and align_down(table.end, align) > start:
+                table = clip(table, start, align_down(table.end, align))
+            elif table.end < stop and table.end % align:
+                reach = min(stop, align_down(table.end, align) + align)
+                table = self.extents(start=start, length=reach - start)
+            yield table
+            start = table.end
+
+    def read(self, *, offset: int, length: int) -> bytes:
+        """`length` guest bytes. Raises RequestError where the range leaves the disk."""
+        check_range(start=offset, length=length, size=self.size)
+        buffer = bytearray(length)
+        self.read_into(buffer, offset=offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: bytearray | memoryview | npt.NDArray[Any], *, offset: int) -> None:
+        """Fill a writable buffer with guest bytes from `offset`."""
+        view = memoryview(buffer).cast("B")
+        check_range(start=offset, length=len(view), size=self.size)
+        stop = offset + len(view)
+        for begin in range(offset, stop, _READ_WINDOW):
+            end = min(stop, begin + _READ_WINDOW)
+            table = self.extents(start=begin, length=end - begin)
+            self.read_table(table, view[begin - offset : end - offset])
+
+    def read_table(self, table: ExtentTable, buffer: memoryview) -> None:
+        """Fill the buffer with what the table covers; buffer[0] is guest offset `table.begin`."""
+        rows = data_rows(table)
+        if int(rows.length.sum()) < len(buffer):
+            np.frombuffer(buffer, dtype=np.uint8).fill(0)
+        runs = list(rows)
+        if not runs:
+            return
+        for depth in {run.layer for run in runs}:
+            own: Sequence[Extent] = [run for run in runs if run.layer == depth]
+            self.images[depth].read_runs(own, buffer, base=table.begin)
+
+    def open_file(self) -> io.RawIOBase:
+        """A read-only file object over the guest disk; it does not own the chain."""
+        return DiskFile(self)
+
+    def close(self) -> None:
+        """Close every file of the chain."""
+        for image in self.images:
+            image.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _at_depth(table: ExtentTable, depth: int) -> ExtentTable:
+    if depth == 0:
+        return table
+    return make_table(
+        table.start,
+        table.length,
+        table.flags,
+        layer=depth,
+        host=table.host,
+        stored=table.stored,
+    )

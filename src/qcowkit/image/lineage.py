@@ -1,0 +1,232 @@
+"""The walk down a backing chain: which files, in which order. No image opens another, this does.
+
+Names are followed only through the gate; loops and depth are refused before any metadata of the
+offending file is read. Reliability reference, section 2, rows 45 and 53."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcowkit.engine.vhd.metadata import VhdMetadata
+from qcowkit.errors import CorruptMetadata, RequestError, UnknownFormat
+from qcowkit.image.metadata import Metadata, load_metadata
+from qcowkit.image.probe import probe_format
+from qcowkit.references import Reference, ReferenceKind
+from qcowkit.storage.file import FileStorage
+
+if TYPE_CHECKING:
+    from qcowkit.budget import Budget
+    from qcowkit.image.gate import ReferenceGate
+    from qcowkit.storage.protocol import Storage
+
+# The epoch of VHD, 2000-01-01 UTC, in seconds of Unix time.
+_VHD_EPOCH = 946_684_800
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One open image file of a chain.
+
+    path: None for storage that is no file. data_storage: the external data file, where it was
+    followed. reference: the name in the layer above by which this one was found, None at the top.
+    format_probed: nobody declared the format. warnings: the metadata's and those of the walk."""
+
+    storage: Storage
+    metadata: Metadata
+    data_storage: Storage | None = None
+    path: Path | None = None
+    reference: Reference | None = None
+    format_probed: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def open_layers(
+    source: str | os.PathLike[str] | Storage,
+    *,
+    format: str | None = None,
+    gate: ReferenceGate,
+    budget: Budget,
+    writable: bool = False,
+    follow_backing: bool = True,
+    follow_data: bool = True,
+    directory: Path | None = None,
+) -> tuple[Layer, ...]:
+    """Open the image and what it names, top first; `close_layers` closes them.
+
+    source: a path, or a storage that this call takes over, also when it fails. format: of the top;
+    probed if None. writable: the top and its data file; the layers below are only read. directory:
+    where the names of a top without a path begin. Raises any QcowkitError; nothing stays open."""
+    storage: Storage
+    if isinstance(source, (str, os.PathLike)):
+        storage = FileStorage.open(source, writable=writable)
+    else:
+        storage = source
+    path = Path(storage.path) if isinstance(storage, FileStorage) else None
+    walk = _Walk(
+        gate=gate,
+        budget=budget,
+        follow_data=follow_data,
+        top_directory=directory,
+    )
+    with ExitStack() as stack:
+        walk.stack = stack
+        walk.descend(storage, path, format=format, writable=writable, follow_backing=follow_backing)
+        stack.pop_all()
+    return tuple(walk.layers)
+
+
+def close_layers(layers: Iterable[Layer]) -> None:
+    """Close all files of the layers, also behind one that fails; the last failure is raised."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.storage.close)
+            if layer.data_storage is not None:
+                stack.callback(layer.data_storage.close)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Walk:
+    gate: ReferenceGate
+    budget: Budget
+    follow_data: bool
+    top_directory: Path | None
+    stack: ExitStack = field(default_factory=ExitStack)
+    seen: dict[object, str] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+
+    def descend(
+        self,
+        storage: Storage,
+        path: Path | None,
+        *,
+        format: str | None,
+        writable: bool,
+        follow_backing: bool,
+    ) -> None:
+        """Append the layer of `storage` and all that it stands on."""
+        self._hold(storage)
+        layer = self._load(storage, path, format=format, reference=None, writable=writable)
+        while follow_backing and (reference := _backing(layer.metadata)) is not None:
+            depth = len(self.layers) + 1
+            self.budget.spend("backing chain layers", value=depth, limit=self.budget.depth)
+            below = self.gate.admit(reference, directory=self._directory(layer, reference))
+            self._hold(below, reference)
+            above = layer.metadata
+            layer = self._load(
+                below, Path(below.path), format=reference.format, reference=reference
+            )
+            if reference.kind is ReferenceKind.PARENT:
+                self._match_parent(above, layer, reference)
+
+    def _hold(self, storage: Storage, reference: Reference | None = None) -> None:
+        """Close it if the walk fails; refuse a file that is in the chain already."""
+        self.stack.callback(storage.close)
+        identity = storage.identity if isinstance(storage, FileStorage) else id(storage)
+        if identity in self.seen and reference is not None:
+            raise CorruptMetadata(
+                _label(reference),
+                reason=f"the same file as {self.seen[identity]}: a backing chain must not loop",
+            )
+        self.seen[identity] = "the top image" if reference is None else _label(reference)
+
+    def _load(
+        self,
+        storage: Storage,
+        path: Path | None,
+        *,
+        format: str | None,
+        reference: Reference | None,
+        writable: bool = False,
+    ) -> Layer:
+        warnings = []
+        if format is None:
+            found = probe_format(storage)
+            if reference is not None:
+                warnings.append(f"{_label(reference)} has no declared format; {found} was probed")
+        else:
+            found = format
+            if reference is not None:
+                _check_declared(storage, reference)
+        metadata = load_metadata(storage, found, budget=self.budget)
+        layer = Layer(
+            storage=storage,
+            metadata=metadata,
+            path=path,
+            reference=reference,
+            format_probed=format is None,
+            warnings=(*metadata.warnings, *warnings),
+        )
+        layer = self._with_data(layer, writable=writable)
+        self.layers.append(layer)
+        return layer
+
+    def _with_data(self, layer: Layer, *, writable: bool) -> Layer:
+        for reference in layer.metadata.references:
+            if self.follow_data and reference.kind is ReferenceKind.DATA:
+                directory = self._directory(layer, reference)
+                data = self.gate.admit(reference, directory=directory, writable=writable)
+                self._hold(data, reference)
+                return replace(layer, data_storage=data)
+        return layer
+
+    def _directory(self, layer: Layer, reference: Reference) -> Path:
+        if layer.path is not None:
+            return layer.path.parent
+        if self.top_directory is None:
+            raise RequestError(
+                f"{_label(reference)}: {layer.storage.name} lies in no directory that it could be "
+                "looked up from"
+            )
+        return self.top_directory
+
+    def _match_parent(self, child: Metadata, layer: Layer, reference: Reference) -> None:
+        """Row 53: a VHD parent is the one that its child was made from."""
+        parent = layer.metadata
+        if not isinstance(child, VhdMetadata) or not isinstance(parent, VhdMetadata):
+            raise CorruptMetadata(
+                _label(reference), reason=f"the format is {parent.format}, expected vpc"
+            )
+        if parent.unique_id != child.parent_id:
+            raise CorruptMetadata(
+                _label(reference),
+                reason=f"unique id is {parent.unique_id}, expected {child.parent_id}",
+            )
+        text = _timestamp_warning(layer.storage, child.parent_timestamp, _label(reference))
+        if text:
+            self.layers[-1] = replace(layer, warnings=(*layer.warnings, text))
+
+
+def _backing(metadata: Metadata) -> Reference | None:
+    kinds = (ReferenceKind.BACKING, ReferenceKind.PARENT)
+    return next((one for one in metadata.references if one.kind in kinds), None)
+
+
+def _label(reference: Reference) -> str:
+    return f"{reference.kind.value} {reference.names[0]!r}"
+
+
+def _check_declared(storage: Storage, reference: Reference) -> None:
+    """Refuse content that contradicts the declared format; whatever is declared raw stays raw."""
+    if reference.format == "raw":
+        return
+    found = probe_format(storage)
+    # What looks raw may still be an image with a damaged start: that is for its loader to judge.
+    if found not in (reference.format, "raw"):
+        raise UnknownFormat(
+            f"{_label(reference)}: the content is {found}, expected {reference.format} as declared"
+        )
+
+
+def _timestamp_warning(storage: Storage, expected: int, label: str) -> str | None:
+    """The child keeps the parent's modification time, which copying a file often changes."""
+    if not isinstance(storage, FileStorage) or expected == 0:
+        return None
+    found = storage.modified() - _VHD_EPOCH
+    if found == expected:
+        return None
+    return f"{label} was modified {found} s after 2000-01-01, expected {expected}"

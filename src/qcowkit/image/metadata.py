@@ -1,0 +1,55 @@
+"""The metadata of one image of any format, loaded through one door. Numpy-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcowkit.budget import Budget
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.engine.vhd.metadata import VhdMetadata, load_vhd_metadata
+from qcowkit.errors import UnknownFormat
+from qcowkit.references import Reference
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR, align_up
+
+FORMAT_ALIASES = {"vhd": "vpc"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawMetadata:
+    """A raw disk: as long as its file, in whole sectors; what is missing of the last is zeros."""
+
+    virtual_size: int
+    references: tuple[Reference, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """The name of the format, as the command line spells it."""
+        return "raw"
+
+
+Metadata = Qcow2Metadata | VhdMetadata | RawMetadata
+
+
+def canonical_format(name: str) -> str:
+    """`qcow2`, `vpc` or `raw` for one of the names people use. Raises UnknownFormat."""
+    name = FORMAT_ALIASES.get(name, name)
+    if name not in ("qcow2", "vpc", "raw"):
+        raise UnknownFormat(f"format {name!r} is not known, expected qcow2, vpc (vhd) or raw")
+    return name
+
+
+def load_metadata(storage: Storage, format: str, *, budget: Budget) -> Metadata:
+    """Everything that can be known without reading the mapping; see the loader of each format.
+
+    format: a name as `canonical_format` takes it. Raises UnknownFormat, CorruptMetadata,
+    UnsupportedFeature, BudgetExceeded and StorageError."""
+    match canonical_format(format):
+        case "qcow2":
+            return load_qcow2_metadata(storage, budget=budget)
+        case "vpc":
+            return load_vhd_metadata(storage, budget=budget)
+    size = align_up(storage.size(), SECTOR)
+    budget.spend("virtual size", value=size, limit=budget.virtual_size)
+    return RawMetadata(virtual_size=size)

@@ -1,0 +1,51 @@
+"""Reading plain runs: what every format shares once an extent has a host offset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcowkit.errors import RequestError
+from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
+from qcowkit.storage.protocol import Storage
+
+
+def check_range(*, start: int, length: int, size: int) -> None:
+    """Raise RequestError when [start, start + length) leaves the disk."""
+    if start < 0 or length < 0 or start + length > size:
+        raise RequestError(
+            f"range {start:#x} + {length:#x} is outside the disk of {size:#x} bytes"
+        )
+
+
+def read_plain(
+    storage: Storage, runs: Sequence[Extent], buffer: memoryview, *, base: int
+) -> None:
+    """Read runs at their host offsets; beyond the end of the file there are zeros."""
+    for run in runs:
+        at = run.start - base
+        part = buffer[at : at + run.length]
+        count = storage.pread_into(part, offset=run.host)
+        if count < run.length:
+            part[count:] = bytes(run.length - count)
+
+
+def map_flat(storage: Storage, *, start: int, length: int, limit: int | None) -> ExtentTable:
+    """Extents of a disk whose guest and host offsets are the same, from the host's own holes.
+
+    Holes are PRESENT and ZERO: a flat file has no backing to fall through to."""
+    rows: list[tuple[int, int, int]] = []
+    position, stop = start, start + length
+    for offset, size in storage.iter_data(offset=start, length=length):
+        if offset > position:
+            rows.append((position, offset - position, Flag.ZERO | Flag.PRESENT))
+        rows.append((offset, size, Flag.DATA | Flag.PRESENT))
+        position = offset + size
+        if limit is not None and len(rows) >= limit:
+            stop = position
+            break
+    if position < stop:
+        rows.append((position, stop - position, Flag.ZERO | Flag.PRESENT))
+    if not rows:
+        return concatenate([])
+    starts, lengths, flags = zip(*rows, strict=True)
+    return make_table(starts, lengths, flags, host=starts)

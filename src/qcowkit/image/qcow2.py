@@ -1,0 +1,127 @@
+"""A qcow2 file as one layer of guest address space, read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcowkit.budget import Budget
+from qcowkit.codecs.qcow2.entries import EntryRules
+from qcowkit.engine.qcow2.clusters import ClusterReader
+from qcowkit.engine.qcow2.mapping import Mapping
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
+from qcowkit.engine.qcow2.tables import L2Tables, load_l1
+from qcowkit.errors import RequestError, UnsupportedFeature
+from qcowkit.extents.algebra import split_at
+from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate
+from qcowkit.image.plain import check_range, read_plain
+from qcowkit.storage.protocol import Storage
+
+
+class Qcow2Image:
+    """The active disk of a qcow2 file, or one of its snapshots (`snapshot`: id or name).
+
+    Raises UnsupportedFeature for encrypted content, RequestError for an unknown snapshot."""
+
+    def __init__(
+        self,
+        metadata: Qcow2Metadata,
+        storage: Storage,
+        *,
+        data_storage: Storage | None,
+        budget: Budget,
+        snapshot: str | None = None,
+    ) -> None:
+        if metadata.encrypted:
+            raise UnsupportedFeature(
+                f"{metadata.encrypted} encryption",
+                reason="the content is encrypted and cannot be read yet",
+            )
+        if metadata.data_file and data_storage is None:
+            raise RequestError(f"{storage.name}: the external data file is not open")
+        self.metadata = metadata
+        self.storage = storage
+        self.data_storage = data_storage or storage
+        self.cluster_size = metadata.geometry.cluster_size
+        self.mapping = _open_mapping(metadata, storage, budget, snapshot)
+        self.size = self.mapping.size
+        self.clusters = ClusterReader(
+            storage=storage, kind=metadata.compression_type, cluster_size=self.cluster_size
+        )
+        self._probe_holes: bool | None = None
+
+    def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
+        """See `Image.extents`."""
+        check_range(start=start, length=length, size=self.size)
+        table = self.mapping.extents(start=start, length=length, limit=limit)
+        if self._probe_holes is None:
+            self._probe_holes = not self.metadata.data_file and holds_unwritten_clusters(
+                self.storage, self.metadata
+            )
+        return mark_holes(table, self.data_storage) if self._probe_holes else table
+
+    def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
+        """See `Image.read_runs`."""
+        plain = [run for run in runs if not run.flags & Flag.COMPRESSED]
+        if len(plain) == len(runs):
+            read_plain(self.data_storage, runs, buffer, base=base)
+            return
+        read_plain(self.data_storage, plain, buffer, base=base)
+        squeezed = [run for run in runs if run.flags & Flag.COMPRESSED]
+        self.clusters.read_into(squeezed, buffer, base=base)
+
+    def close(self) -> None:
+        self.storage.close()
+        if self.data_storage is not self.storage:
+            self.data_storage.close()
+
+
+def mark_holes(table: ExtentTable, storage: Storage) -> ExtentTable:
+    """DATA rows of a preallocated file, cut where the host has holes: those get ZERO as well."""
+    parts: list[ExtentTable] = []
+    plain = Flag.DATA | Flag.COMPRESSED
+    for index in range(len(table)):
+        row = table.take(slice(index, index + 1))
+        if int(row.flags[0]) & plain == Flag.DATA and int(row.host[0]) >= 0:
+            row = _mark_row(row, storage)
+        parts.append(row)
+    return concatenate(parts)
+
+
+def _mark_row(row: ExtentTable, storage: Storage) -> ExtentTable:
+    start, length, host = row.begin, row.end - row.begin, int(row.host[0])
+    data = list(storage.iter_data(offset=host, length=length))
+    cuts = [edge - host + start for offset, size in data for edge in (offset, offset + size)]
+    pieces = split_at(row, np.array(cuts, dtype=np.int64))
+    inside = np.zeros(len(pieces), dtype=bool)
+    for offset, size in data:
+        inside |= (pieces.host >= offset) & (pieces.host < offset + size)
+    pieces.flags[~inside] |= np.uint16(Flag.ZERO)
+    return pieces
+
+
+def _open_mapping(
+    metadata: Qcow2Metadata, storage: Storage, budget: Budget, snapshot: str | None
+) -> Mapping:
+    geometry, header = metadata.geometry, metadata.header
+    file_size = storage.size()
+    offset, count, size = header.l1_table_offset, header.l1_size, metadata.virtual_size
+    if snapshot is not None:
+        entry = metadata.find_snapshot(snapshot)
+        offset, count, size = entry.l1_offset, entry.l1_entries, entry.disk_size
+    needed = geometry.l1_entries(size)
+    if count < needed:
+        raise RequestError(f"the L1 table has {count} entries, the disk needs {needed}")
+    # Entries beyond the disk address the VM state, which no guest read reaches.
+    budget.spend("L1 table bytes", value=needed * 8, limit=budget.metadata_bytes)
+    rules = EntryRules(
+        geometry=geometry,
+        version=header.version,
+        external_data=metadata.data_file,
+        file_size=file_size,
+    )
+    l1 = load_l1(storage, offset=offset, count=needed, geometry=geometry, file_size=file_size)
+    tables = L2Tables(storage, geometry=geometry, cache_bytes=budget.table_cache)
+    return Mapping(l1=l1, tables=tables, rules=rules, size=size)

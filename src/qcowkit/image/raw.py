@@ -1,0 +1,32 @@
+"""A raw disk: guest offsets are host offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcowkit.extents.table import Extent, ExtentTable
+from qcowkit.image.metadata import RawMetadata
+from qcowkit.image.plain import check_range, map_flat, read_plain
+from qcowkit.storage.protocol import Storage
+
+
+class RawImage:
+    """A file or device as a disk. `cluster_size` is the host's block size."""
+
+    def __init__(self, metadata: RawMetadata, storage: Storage) -> None:
+        self.metadata = metadata
+        self.size = metadata.virtual_size
+        self.cluster_size = storage.caps.block_size
+        self.data_storage = storage
+
+    def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
+        """Data and holes as the host reports them; see `Image.extents`."""
+        check_range(start=start, length=length, size=self.size)
+        return map_flat(self.data_storage, start=start, length=length, limit=limit)
+
+    def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
+        """See `Image.read_runs`."""
+        read_plain(self.data_storage, runs, buffer, base=base)
+
+    def close(self) -> None:
+        self.data_storage.close()

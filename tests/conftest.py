@@ -1,0 +1,61 @@
+"""What all tests share: skipping by peer, and failing when CI is missing one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+PEER_PREFIX = "peer "
+REQUIRE_PEERS = "QCOWKIT_REQUIRE_PEERS"
+
+_missing_peers: set[str] = set()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `peer("qemu-img", ...)` by the name of the first command missing."""
+    for marker in item.iter_markers("peer"):
+        for command in marker.args:
+            if shutil.which(command) is None:
+                pytest.skip(f"{PEER_PREFIX}{command} is missing")
+
+
+def _note(nodeid: str, report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or not isinstance(report.longrepr, tuple):
+        return
+    reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+    if reason.startswith(PEER_PREFIX):
+        _missing_peers.add(f"{nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Seen by the controller of pytest-xdist too, which has the last word."""
+    _note(report.nodeid, report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A module may skip itself as a whole."""
+    _note(report.nodeid, report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With QCOWKIT_REQUIRE_PEERS set, a test without its peer is a failure."""
+    if os.environ.get(REQUIRE_PEERS) and _missing_peers and session.exitstatus in (0, 5):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was skipped for want of a peer, where that fails the run."""
+    if os.environ.get(REQUIRE_PEERS) and _missing_peers:
+        terminalreporter.section(f"peers are missing ({REQUIRE_PEERS})", red=True)
+        for line in sorted(_missing_peers):
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test inherits what a developer set for the command line."""
+    monkeypatch.delenv("QCOW_DEBUG", raising=False)
+
