@@ -58,4 +58,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test inherits what a developer set for the command line."""
     monkeypatch.delenv("QCOW_DEBUG", raising=False)
-

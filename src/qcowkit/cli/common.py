@@ -1,10 +1,9 @@
-"""What several verbs share: flags with one meaning, the gate, and printing. Numpy-free."""
+"""What several verbs share: flags with one meaning, and the gate. Numpy-free."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 from qcowkit.cli.options import ImageSpec, parse_image_opts, refuse_options
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import printable, write_error
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.units import parse_size
@@ -20,37 +20,10 @@ FORMATS = ("raw", "qcow2", "vpc")
 _ALIASES = {"vhd": "vpc"}
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
-# Names come from images and file systems: they must not steer a terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """The text with control characters, apart from tab and newline, spelled out."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def write_text(text: str) -> None:
-    """Text on standard output, as it is."""
-    sys.stdout.write(text)
-
-
-def write_lines(lines: Iterable[str]) -> None:
-    """Each line on standard output, made printable."""
-    for line in lines:
-        sys.stdout.write(printable(line) + "\n")
-
 
 def write_json(value: Any) -> None:
     """One JSON document on standard output; file names that are not UTF-8 stay escaped."""
     sys.stdout.write(json.dumps(value, indent=4) + "\n")
-
-
-def write_bytes(chunks: Iterable[bytes]) -> None:
-    """Bytes on standard output, behind the text that was written before."""
-    sys.stdout.flush()
-    for chunk in chunks:
-        sys.stdout.buffer.write(chunk)
-    sys.stdout.buffer.flush()
 
 
 def warn(args: Namespace, lines: Iterable[str]) -> None:
@@ -58,12 +31,6 @@ def warn(args: Namespace, lines: Iterable[str]) -> None:
     if not getattr(args, "quiet", False):
         for line in lines:
             write_error(f"warning: {printable(line)}")
-
-
-def write_error(line: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def image_format(text: str) -> str:

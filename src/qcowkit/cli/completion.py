@@ -124,9 +124,7 @@ def zsh(completions: Sequence[Completion]) -> str:
             value = ""
             if flag.takes_value:
                 value = f":value:({' '.join(flag.choices)})" if flag.choices else ":value:_files"
-            lines += [
-                f"            '{text}[{flag.help}]{value}' \\" for text in flag.spellings
-            ]
+            lines += [f"            '{text}[{flag.help}]{value}' \\" for text in flag.spellings]
         target = f"({' '.join(entry.words)})" if entry.words else "_files"
         lines.append(f"            '*:operand:{target}' ;;")
         cases.append("\n".join(lines))
@@ -163,11 +161,10 @@ compdef _qcow qcow
 
 def fish(completions: Sequence[Completion]) -> str:
     """A script for fish, one line a verb and a flag."""
-    lines = ['# Completion of qcow for fish: qcow completion fish | source']
+    lines = ["# Completion of qcow for fish: qcow completion fish | source"]
     for entry in completions:
-        lines.append(
-            f"complete -c qcow -n __fish_use_subcommand -a {entry.verb} -d '{_plain(entry.summary)}'"
-        )
+        summary = _plain(entry.summary)
+        lines.append(f"complete -c qcow -n __fish_use_subcommand -a {entry.verb} -d '{summary}'")
     for entry in completions:
         seen = f"complete -c qcow -n '__fish_seen_subcommand_from {entry.verb}'"
         if entry.words:

@@ -33,7 +33,7 @@ USAGE = 2
 SIGNAL_BASE = 128
 
 
-class Exit(Exception):
+class ExitError(Exception):
     """End the command with `code` and one line on standard error."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -47,4 +47,4 @@ def failing_as(code: int) -> Iterator[None]:
     try:
         yield
     except QcowkitError as error:
-        raise Exit(code, str(error)) from error
+        raise ExitError(code, str(error)) from error

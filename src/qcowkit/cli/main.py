@@ -7,15 +7,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import qcowkit
 from qcowkit.cli import exits
-from qcowkit.cli.common import printable, write_error, write_text
-from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import printable, write_error, write_text
 from qcowkit.cli.table import BY_NAME, VERBS
 from qcowkit.errors import QcowkitError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
 DEBUG_VARIABLE = "QCOW_DEBUG"
 
@@ -88,7 +90,7 @@ def _guarded(arguments: list[str]) -> int:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of what ended a command."""
-    if isinstance(error, exits.Exit):
+    if isinstance(error, exits.ExitError):
         return error.code, str(error)
     if isinstance(error, QcowkitError):
         return exits.FAILURE, str(error)
@@ -105,7 +107,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 def _dispatch(arguments: list[str]) -> int:
     """Global flags, then the verb."""
     if not arguments:
-        raise exits.Exit(exits.FAILURE, "a verb is missing (see qcow --help)")
+        raise exits.ExitError(exits.FAILURE, "a verb is missing (see qcow --help)")
     first = arguments[0]
     if first in ("-h", "--help", "help"):
         write_text(help_text())
@@ -114,15 +116,12 @@ def _dispatch(arguments: list[str]) -> int:
         write_text(f"qcow {qcowkit.__version__}\n")
         return exits.SUCCESS
     if first in ("-T", "--trace"):
-        raise exits.Exit(exits.FAILURE, f"{first}: there are no trace points here")
+        raise exits.ExitError(exits.FAILURE, f"{first}: there are no trace points here")
     verb = BY_NAME.get(first)
     if verb is None:
         kind = "flag" if first.startswith("-") else "verb"
-        raise exits.Exit(exits.FAILURE, f"unknown {kind} {first!r} (see qcow --help)")
-    command = verb.load()
-    parser = Parser.of(verb)
-    command.configure(parser)
-    return command.run(parser.parse_verb(arguments[1:]))
+        raise exits.ExitError(exits.FAILURE, f"unknown {kind} {first!r} (see qcow --help)")
+    return verb.run(arguments[1:])
 
 
 def help_text() -> str:

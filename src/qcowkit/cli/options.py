@@ -116,7 +116,9 @@ def parse_object(text: str) -> Secret:
         raise RequestError(f"--object secret: {key}= is unknown")
     if (data is None) == (path is None):
         raise RequestError(f"--object secret,id={name}: needs one of data= and file=")
-    raw = _read_secret(path) if path is not None else (data or "").encode("utf-8", "surrogateescape")
+    raw = (
+        _read_secret(path) if path is not None else (data or "").encode("utf-8", "surrogateescape")
+    )
     if encoding == "base64":
         raw = _decode_base64(raw, name=name)
     elif encoding != "raw":

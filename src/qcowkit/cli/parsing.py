@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from qcowkit.cli import exits
-
-if TYPE_CHECKING:
-    from qcowkit.cli.table import Verb
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,14 +23,9 @@ class Parser(argparse.ArgumentParser):
         self.usage_exit = usage_exit
         self.add_argument("-h", "--help", action="help", help="show this text")
 
-    @classmethod
-    def of(cls, verb: Verb) -> Self:
-        """The parser of a verb, before its module adds operands and flags."""
-        return cls(prog=f"qcow {verb.name}", summary=verb.summary, usage_exit=verb.usage_exit)
-
     def error(self, message: str) -> NoReturn:
         """Bad usage: one line that names the flag."""
-        raise exits.Exit(self.usage_exit, f"{message} (see {self.prog} --help)")
+        raise exits.ExitError(self.usage_exit, f"{message} (see {self.prog} --help)")
 
     def actions(self) -> list[argparse.Action]:
         """Every flag and operand, in the order of the help."""

@@ -85,9 +85,9 @@ class Progress:
         self._write(self.line() + "\n")
 
     def _draw(self, now: float) -> None:
-        rate = self._done / (now - self._begun) if now > self._begun else 0.0
+        rate = int(self._done / (now - self._begun)) if now > self._begun else 0
         if self._style == "json":
-            record = {"done": self._done, "total": self._total, "rate": int(rate)}
+            record = {"done": self._done, "total": self._total, "rate": rate}
             self._write(json.dumps(record) + "\n")
             return
         columns = shutil.get_terminal_size().columns
@@ -99,17 +99,17 @@ class Progress:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):
             self._style = "none"
 
 
-def draw_bar(label: str, done: int, total: int, *, rate: float, columns: int) -> str:
+def draw_bar(label: str, done: int, total: int, *, rate: int, columns: int) -> str:
     """One line of at most `columns` characters; sizes in bytes, `rate` in bytes a second."""
     share = min(done / total, 1.0) if total else 0.0
     facts = f"{100 * share:5.1f} %  {format_size(done)} of {format_size(total)}"
-    facts += f"  {format_size(int(rate))}/s"
+    facts += f"  {format_size(rate)}/s"
     if rate and total > done:
-        left = int((total - done) / rate)
+        left = (total - done) // rate
         facts += f"  {left // 60}:{left % 60:02} left"
     width = columns - len(label) - len(facts) - 6
     if columns < _NARROW or width < 8:

@@ -4,13 +4,13 @@ needs, nothing else. `qcow --help` reads this table alone. Numpy-free."""
 from __future__ import annotations
 
 import importlib
-from argparse import Namespace
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from qcowkit.cli import exits
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from qcowkit.cli.parsing import Parser
 
 
@@ -24,9 +24,10 @@ class Command(Protocol):
         """Carry it out; returns the exit code."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verb:
-    """One line of `qcow --help`. `usage_exit`: the exit code of bad usage."""
+class Verb(NamedTuple):
+    """One line of `qcow --help`. `usage_exit`: the exit code of bad usage.
+
+    A tuple: the machinery of dataclasses alone takes as long to load as all of this."""
 
     name: str
     summary: str
@@ -34,7 +35,20 @@ class Verb:
 
     def load(self) -> Command:
         """Import the module of the verb."""
-        return cast(Command, importlib.import_module(f"qcowkit.cli.commands.{self.name}"))
+        return cast("Command", importlib.import_module(f"qcowkit.cli.commands.{self.name}"))
+
+    def parser(self) -> Parser:
+        """The parser of the verb, with its operands and flags."""
+        parsing = importlib.import_module("qcowkit.cli.parsing")
+        parser: Parser = parsing.Parser(
+            prog=f"qcow {self.name}", summary=self.summary, usage_exit=self.usage_exit
+        )
+        self.load().configure(parser)
+        return parser
+
+    def run(self, arguments: list[str]) -> int:
+        """Carry the verb out with the arguments behind it; returns the exit code."""
+        return self.load().run(self.parser().parse_verb(arguments))
 
 
 def _own(name: str, summary: str) -> Verb:

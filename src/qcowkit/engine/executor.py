@@ -56,7 +56,9 @@ class BufferPool:
 class Workers:
     """A pool of threads with ordered results. A context manager: leaving it waits for all."""
 
-    def __init__(self, threads: int | None = None, *, cancel: threading.Event | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, *, cancel: threading.Event | None = None
+    ) -> None:
         count = default_threads() if threads is None else threads
         if count < 1:
             raise RequestError(f"{count} threads are too few, at least 1 is needed")

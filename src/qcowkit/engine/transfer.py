@@ -25,7 +25,7 @@ class UnitState(IntEnum):
 class Chunk:
     """A guest range that was read. start, length: bytes; start is a multiple of the target's unit.
 
-    states: UnitState a unit, uint8, shape (ceil(length / unit),). view: the bytes, longer than
+    states: UnitState of each grain, uint8, shape (ceil(length / grain),). view: the bytes, longer than
     `length` only by zero padding. blobs: compressed clusters by index, None where the cluster is
     not compressed; empty when the target does not compress."""
 
@@ -52,10 +52,14 @@ class Write:
 class BulkTarget(Protocol):
     """A new image that is filled in ascending guest order by one thread.
 
-    unit: bytes, the grain of `Chunk.states`. explicit_zeros: zeros must be told from ABSENT."""
+    unit: bytes that are placed as a whole, where chunks begin. grain: bytes of an element of
+    `Chunk.states`, a part of a unit. explicit_zeros: zeros must be told from ABSENT."""
 
     @property
     def unit(self) -> int: ...
+
+    @property
+    def grain(self) -> int: ...
 
     @property
     def explicit_zeros(self) -> bool: ...

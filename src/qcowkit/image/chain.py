@@ -118,7 +118,8 @@ class Chain:
 
     def read_into(self, buffer: bytearray | memoryview | npt.NDArray[Any], *, offset: int) -> None:
         """Fill a writable buffer with guest bytes from `offset`."""
-        view = memoryview(buffer).cast("B")
+        raw = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+        view = raw.cast("B")
         check_range(start=offset, length=len(view), size=self.size)
         stop = offset + len(view)
         for begin in range(offset, stop, _READ_WINDOW):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import CorruptMetadata, RequestError, UnknownFormat
-from qcowkit.image.metadata import Metadata, load_metadata
-from qcowkit.image.probe import probe_format
+from qcowkit.image.metadata import Metadata, canonical_format, load_metadata
+from qcowkit.image.probe import find_formats, probe_format
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.storage.file import FileStorage
 
@@ -144,14 +144,11 @@ class _Walk:
         writable: bool = False,
     ) -> Layer:
         warnings = []
-        if format is None:
-            found = probe_format(storage)
-            if reference is not None:
-                warnings.append(f"{_label(reference)} has no declared format; {found} was probed")
-        else:
-            found = format
-            if reference is not None:
-                _check_declared(storage, reference)
+        if format is not None and reference is not None:
+            _check_declared(storage, reference)
+        found = probe_format(storage) if format is None else format
+        if format is None and reference is not None:
+            warnings.append(f"{_label(reference)} has no declared format; {found} was probed")
         metadata = load_metadata(storage, found, budget=self.budget)
         layer = Layer(
             storage=storage,
@@ -212,13 +209,13 @@ def _label(reference: Reference) -> str:
 
 def _check_declared(storage: Storage, reference: Reference) -> None:
     """Refuse content that contradicts the declared format; whatever is declared raw stays raw."""
-    if reference.format == "raw":
-        return
-    found = probe_format(storage)
-    # What looks raw may still be an image with a damaged start: that is for its loader to judge.
-    if found not in (reference.format, "raw"):
+    declared = canonical_format(reference.format or "raw")
+    found = find_formats(storage)
+    # No magic at all may be an image with a damaged start: that is for its loader to judge.
+    if declared != "raw" and found and declared not in found:
         raise UnknownFormat(
-            f"{_label(reference)}: the content is {found}, expected {reference.format} as declared"
+            f"{_label(reference)}: the content is {' and '.join(found)}, "
+            f"expected {declared} as declared"
         )
 
 

@@ -12,14 +12,10 @@ from qcowkit.storage.protocol import Storage
 def check_range(*, start: int, length: int, size: int) -> None:
     """Raise RequestError when [start, start + length) leaves the disk."""
     if start < 0 or length < 0 or start + length > size:
-        raise RequestError(
-            f"range {start:#x} + {length:#x} is outside the disk of {size:#x} bytes"
-        )
+        raise RequestError(f"range {start:#x} + {length:#x} is outside the disk of {size:#x} bytes")
 
 
-def read_plain(
-    storage: Storage, runs: Sequence[Extent], buffer: memoryview, *, base: int
-) -> None:
+def read_plain(storage: Storage, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
     """Read runs at their host offsets; beyond the end of the file there are zeros."""
     for run in runs:
         at = run.start - base

@@ -52,6 +52,12 @@ def open_descriptor(
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode, dir_fd=dir_fd)
 
 
+def _check_offset(offset: int) -> None:
+    # To preadv2 and pwritev2, which may stand behind these calls, -1 means the cursor.
+    if offset < 0:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
 class FileStorage:
     """Storage over one file descriptor, which it owns. Offsets and lengths in bytes."""
 
@@ -210,6 +216,7 @@ class FileStorage:
         view = memoryview(buffer).cast("B")
         done = 0
         try:
+            _check_offset(offset)
             while done < len(view):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
                 if count == 0:
@@ -237,6 +244,7 @@ class FileStorage:
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         index = 0
         try:
+            _check_offset(offset)
             while index < len(views):
                 batch = views[index : index + _IOV_MAX]
                 count = os.pwritev(self._fd, batch, offset)
@@ -341,6 +349,8 @@ class FileStorage:
         if self._flush_failure is not None:
             reason = f"an earlier flush failed: {os.strerror(self._flush_failure)}"
             raise StorageError("flush", path=self._name, errno=self._flush_failure, reason=reason)
+        if self._fd < 0:
+            raise self._failure("flush", OSError(errno.EBADF, "closed"))
         try:
             os.fdatasync(self._fd)
         except OSError as error:

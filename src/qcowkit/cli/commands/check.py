@@ -17,10 +17,10 @@ from qcowkit.cli.common import (
     make_gate,
     warn,
     write_json,
-    write_lines,
 )
 from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_lines
 from qcowkit.cli.progress import Progress
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.check import check_image
@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
     try:
         warn(args, layers[0].warnings)
         if layers[0].metadata.format == "raw":
-            raise exits.Exit(exits.CHECK_UNSUPPORTED, "raw disks have nothing that can be checked")
+            raise exits.ExitError(exits.CHECK_UNSUPPORTED, "a raw disk has nothing to check")
         with Progress.of(args, "check") as progress:
             result = check_image(layers[0], progress=progress)
     finally:

@@ -13,11 +13,11 @@ from qcowkit.cli.common import (
     add_progress,
     add_quiet,
     write_json,
-    write_lines,
 )
 from qcowkit.cli.opening import open_disk
 from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_lines
 from qcowkit.cli.progress import Progress
 from qcowkit.operations.compare import compare
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from qcowkit.cli.common import write_text
 from qcowkit.cli.completion import SHELLS, describe
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_text
 from qcowkit.cli.table import VERBS
 
 
@@ -22,10 +22,6 @@ def configure(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     """Print the script."""
-    entries = []
-    for verb in VERBS:
-        parser = Parser.of(verb)
-        verb.load().configure(parser)
-        entries.append(describe(verb.name, verb.summary, parser))
+    entries = [describe(verb.name, verb.summary, verb.parser()) for verb in VERBS]
     write_text(SHELLS[args.shell](entries))
     return 0

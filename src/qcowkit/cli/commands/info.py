@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 from qcowkit.budget import TRUSTED
 from qcowkit.cli import exits
@@ -13,17 +12,15 @@ from qcowkit.cli.common import (
     add_output,
     image_specs,
     make_gate,
-    printable,
     warn,
-    write_error,
     write_json,
-    write_lines,
 )
 from qcowkit.cli.options import ImageSpec, parse_objects
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import printable, write_error, write_lines
 from qcowkit.errors import QcowkitError
-from qcowkit.image.lineage import Layer, close_layers, open_layers
-from qcowkit.operations.info import describe_image, render_image
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.info import Info, describe_images, render_info
 
 
 def configure(parser: Parser) -> None:
@@ -49,8 +46,9 @@ def run(args: Namespace) -> int:
     parse_objects(args.objects)
     specs = image_specs(args, args.files, format=args.format)
     if len(specs) == 1:
-        return _show(args, [_describe(args, specs[0])])
-    found: list[list[dict[str, Any]]] = []
+        _show(args, [_describe(args, specs[0])], many=False)
+        return exits.SUCCESS
+    found: list[list[Info]] = []
     code = exits.SUCCESS
     for spec in specs:
         try:
@@ -62,8 +60,8 @@ def run(args: Namespace) -> int:
     return code
 
 
-def _describe(args: Namespace, spec: ImageSpec) -> list[dict[str, Any]]:
-    """The image, and with --backing-chain all below it, top first."""
+def _describe(args: Namespace, spec: ImageSpec) -> list[Info]:
+    """The image, and with --backing-chain all below it, top first. Data files stay closed."""
     layers = open_layers(
         spec.path,
         format=spec.format,
@@ -75,6 +73,16 @@ def _describe(args: Namespace, spec: ImageSpec) -> list[dict[str, Any]]:
     try:
         for layer in layers:
             warn(args, layer.warnings)
-        return [_one(layer) for layer in layers]
+        return describe_images(layers)
     finally:
         close_layers(layers)
+
+
+def _show(args: Namespace, chains: list[list[Info]], *, many: bool) -> None:
+    """JSON as qemu-img has it for one file; an array of that for several."""
+    if args.output == "json":
+        values = [chain if args.backing_chain else chain[0] for chain in chains]
+        write_json(values if many else values[0])
+        return
+    texts = [render_info(info) for chain in chains for info in chain]
+    write_lines(["\n\n".join(texts)] if texts else [])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from argparse import Namespace
 
 from qcowkit.cli import exits
@@ -11,14 +13,13 @@ from qcowkit.cli.common import (
     add_format,
     add_output,
     size_argument,
-    write_bytes,
-    write_lines,
-    write_text,
 )
 from qcowkit.cli.opening import open_disk
 from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_bytes, write_lines, write_text
 from qcowkit.errors import RequestError
+from qcowkit.image.chain import Chain
 from qcowkit.operations.map import iter_map_json, render_map_text
 from qcowkit.operations.plot import plot_png, plot_svg, plot_terminal
 from qcowkit.storage.atomic import AtomicOutput
@@ -68,15 +69,15 @@ def configure(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     """Print or draw the map."""
     kind = _picture_kind(args.plot_file)
+    title = os.path.basename(args.file)
     parse_objects(args.objects)
     with open_disk(args, args.file, format=args.format) as chain:
         if args.plot:
-            size = shutil.get_terminal_size()
-            write_text(plot_terminal(chain, columns=size.columns, rows=_ROWS).rstrip("\n") + "\n")
+            write_text(_in_terminal(chain).rstrip("\n") + "\n")
         if kind == "svg":
-            _save(plot_svg(chain).encode(), args.plot_file)
+            _save(plot_svg(chain, title=title).encode(), args.plot_file)
         elif kind == "png":
-            _save(plot_png(chain), args.plot_file)
+            _save(plot_png(chain, title=title), args.plot_file)
         if args.plot or kind:
             return exits.SUCCESS
         if args.output == "json":
@@ -95,6 +96,13 @@ def _picture_kind(name: str | None) -> str | None:
     if kind not in ("svg", "png"):
         raise RequestError(f"--plot-file: {name!r} ends in neither .svg nor .png")
     return kind
+
+
+def _in_terminal(chain: Chain) -> str:
+    """In colour only where a terminal shows it and nobody minds (https://no-color.org)."""
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    columns = shutil.get_terminal_size().columns
+    return plot_terminal(chain, columns=columns, rows=_ROWS, color=color)
 
 
 def _save(picture: bytes, path: str) -> None:

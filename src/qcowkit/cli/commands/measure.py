@@ -14,13 +14,12 @@ from qcowkit.cli.common import (
     size_argument,
     snapshot_name,
     write_json,
-    write_lines,
-    write_text,
 )
 from qcowkit.cli.create_options import options_help, parse_create_options
 from qcowkit.cli.opening import open_disk
 from qcowkit.cli.options import asks_for_help, parse_objects
 from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_lines, write_text
 from qcowkit.errors import RequestError
 from qcowkit.operations.measure import measure
 

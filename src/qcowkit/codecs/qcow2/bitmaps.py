@@ -1,7 +1,6 @@
 """The bitmap directory, and the tables of the bitmaps in it. Pure; the bits are elsewhere.
 
-Source: the qcow2 specification, "Bitmaps". Rows 31 to 36 of docs/formats/qcow2.md, but for what
-needs the size of the file."""
+Source: the qcow2 specification, "Bitmaps". Rows 32 to 36 of docs/formats/qcow2.md."""
 
 from __future__ import annotations
 
@@ -22,6 +21,8 @@ MAX_BITMAP_NAME = 1023
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
 DIRTY_TRACKING = 1
+# What one directory entry can take at most.
+MAX_BITMAP_ENTRY = 24 + MAX_BITMAP_NAME + 7
 
 _ENTRY = struct.Struct(">QIIBBHI")
 _DIRECTORY = "bitmap directory"
@@ -36,6 +37,9 @@ class BitmapFlag(IntFlag):
 
     IN_USE = 1
     AUTO = 2
+
+
+_KNOWN_FLAGS = sum(BitmapFlag)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,38 +76,18 @@ class BitmapEntry:
         return self.table_entries * 8
 
 
-def decode_bitmap_directory(raw: bytes, *, count: int, host_offset: int) -> tuple[BitmapEntry, ...]:
-    """Exactly `count` entries that fill `raw` exactly. Rows 31 and 33; names are unique UTF-8.
-
-    host_offset: of the directory, for messages. Raises CorruptMetadata."""
-    entries: list[BitmapEntry] = []
-    names: set[str] = set()
-    offset = 0
-    for index in range(count):
-        entry, length = _decode_entry(raw, offset, index=index, host_offset=host_offset + offset)
-        if entry.name in names:
-            reason = f"name {ascii(entry.name)} is there twice, expected unique names"
-            raise CorruptMetadata(
-                _DIRECTORY, host_offset=host_offset + offset, index=index, reason=reason
-            )
-        names.add(entry.name)
-        entries.append(entry)
-        offset += length
-    if offset != len(raw):
-        reason = f"{count} entries of {offset} bytes, expected to fill {len(raw)}"
-        raise CorruptMetadata(_DIRECTORY, host_offset=host_offset, reason=reason)
-    return tuple(entries)
-
-
-def _decode_entry(
-    raw: bytes, offset: int, *, index: int, host_offset: int
+def decode_bitmap(
+    raw: bytes, *, offset: int, left: int, index: int, host_offset: int
 ) -> tuple[BitmapEntry, int]:
-    """The entry at byte `offset`, and its bytes with padding."""
+    """The directory entry at byte `offset` of `raw`, and where the next one begins. Row 33.
+
+    left: bytes of the directory from there on. index, host_offset: of this entry, for messages.
+    Raises CorruptMetadata."""
 
     def bad(reason: str) -> CorruptMetadata:
         return CorruptMetadata(_DIRECTORY, host_offset=host_offset, index=index, reason=reason)
 
-    left = len(raw) - offset
+    left = min(left, len(raw) - offset)
     if left < _ENTRY.size:
         raise bad(f"{left} bytes left, expected at least {_ENTRY.size}")
     table, entries, flags, kind, bits, name_length, extra = _ENTRY.unpack_from(raw, offset)
@@ -112,8 +96,8 @@ def _decode_entry(
     if not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
         limits = f"{MIN_GRANULARITY_BITS} to {MAX_GRANULARITY_BITS}"
         raise bad(f"granularity of {bits} bits, expected {limits}")
-    if flags & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO):
-        raise bad(f"flags {flags:#x}, expected at most 0x3")
+    if flags & ~_KNOWN_FLAGS:
+        raise bad(f"flags {flags:#x}, expected at most {_KNOWN_FLAGS:#x}")
     if not 1 <= name_length <= MAX_BITMAP_NAME:
         raise bad(f"name of {name_length} bytes, expected 1 to {MAX_BITMAP_NAME}")
     if extra:
@@ -129,33 +113,31 @@ def _decode_entry(
     entry = BitmapEntry(
         name=name, table_offset=table, table_entries=entries, granularity_bits=bits, flags=flags
     )
-    return entry, length
+    return entry, offset + length
 
 
-def check_bitmaps(
-    entries: Iterable[BitmapEntry], *, geometry: Geometry, disk_size: int, host_offset: int
+def check_bitmap(
+    entry: BitmapEntry, *, index: int, geometry: Geometry, disk_size: int, host_offset: int
 ) -> None:
-    """Place and size of each bitmap's table. Rows 32, 34 and 35.
+    """Place and size of the bitmap's table. Rows 32, 34 and 35.
 
-    disk_size: guest bytes. host_offset: of the directory, for messages. Raises CorruptMetadata."""
-    size = geometry.cluster_size
-    for index, entry in enumerate(entries):
-
-        def bad(reason: str, index: int = index) -> CorruptMetadata:
-            return CorruptMetadata(_DIRECTORY, host_offset=host_offset, index=index, reason=reason)
-
-        count, offset = entry.table_entries, entry.table_offset
-        if not 1 <= count <= MAX_BITMAP_TABLE_ENTRIES:
-            raise bad(f"table of {count} entries, expected 1 to {MAX_BITMAP_TABLE_ENTRIES}")
-        if not offset or offset % size:
-            raise bad(f"table offset {offset:#x} is not a positive multiple of {size:#x}")
-        if offset + entry.table_bytes > INT64_MAX:
-            raise bad(f"table offset {offset:#x} ends above 2**63 - 1")
-        if count * size > MAX_BITMAP_BYTES:
-            raise bad(f"{count * size} bytes of bits, expected at most {MAX_BITMAP_BYTES}")
-        covered = count * size * 8 * entry.granularity
-        if covered < disk_size and not entry.in_use:
-            raise bad(f"covers {covered} bytes, expected the disk of {disk_size}")
+    disk_size: guest bytes. index, host_offset: of the entry and the directory, for messages.
+    Raises CorruptMetadata."""
+    count, offset, size = entry.table_entries, entry.table_offset, geometry.cluster_size
+    covered = count * size * 8 * entry.granularity
+    reason = ""
+    if not 1 <= count <= MAX_BITMAP_TABLE_ENTRIES:
+        reason = f"table of {count} entries, expected 1 to {MAX_BITMAP_TABLE_ENTRIES}"
+    elif not offset or offset % size:
+        reason = f"table offset {offset:#x} is not a positive multiple of {size:#x}"
+    elif offset + entry.table_bytes > INT64_MAX:
+        reason = f"table offset {offset:#x} ends above 2**63 - 1"
+    elif count * size > MAX_BITMAP_BYTES:
+        reason = f"{count * size} bytes of bits, expected at most {MAX_BITMAP_BYTES}"
+    elif covered < disk_size and not entry.in_use:
+        reason = f"covers {covered} bytes, expected the disk of {disk_size}"
+    if reason:
+        raise CorruptMetadata(_DIRECTORY, host_offset=host_offset, index=index, reason=reason)
 
 
 def encode_bitmap_directory(entries: Iterable[BitmapEntry]) -> bytes:

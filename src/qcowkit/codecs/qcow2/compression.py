@@ -44,7 +44,9 @@ def make_compressor(kind: str, level: int | None) -> Compressor:
     if kind == ZLIB:
         return _deflate(level)
     if kind != ZSTD:
-        raise RequestError(f"compression type {kind!r} is not one of {', '.join(COMPRESSION_TYPES)}")
+        raise RequestError(
+            f"compression type {kind!r} is not one of {', '.join(COMPRESSION_TYPES)}"
+        )
     if level is not None and not 1 <= level <= 22:
         raise RequestError(f"compression_level {level} is not in 1..22 for zstd")
     chosen = level or DEFAULT_ZSTD_LEVEL
@@ -71,7 +73,7 @@ def _deflate(level: int | None) -> Compressor:
 
     def compress(data: Bytes) -> bytes:
         stream = library.compressobj(level, library.DEFLATED, -WRITE_WINDOW_BITS, 9)
-        return stream.compress(data) + stream.flush()
+        return bytes(stream.compress(data) + stream.flush())
 
     return compress
 
@@ -93,7 +95,7 @@ def decompress(kind: str, data: Bytes, *, size: int) -> bytes:
 def _inflate(data: Bytes, size: int) -> bytes:
     try:
         return isal_zlib.decompressobj(-READ_WINDOW_BITS).decompress(data, size)
-    except isal_zlib.error as error:
+    except zlib.error as error:
         raise BadCluster(f"not a deflate stream: {error}") from error
 
 

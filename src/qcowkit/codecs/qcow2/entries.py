@@ -188,7 +188,9 @@ def _compressed_fault(entry: int, bitmap: int, rules: EntryRules) -> str | None:
     return None
 
 
-def split_words(raw: npt.NDArray[Any], *, geometry: Geometry) -> tuple[Uint64Array, Uint64Array | None]:
+def split_words(
+    raw: npt.NDArray[Any], *, geometry: Geometry
+) -> tuple[Uint64Array, Uint64Array | None]:
     """Native words of an L2 table as (entries, bitmaps or None), each of shape (n,)."""
     if not geometry.has_subclusters:
         return raw, None

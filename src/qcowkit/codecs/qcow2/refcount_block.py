@@ -42,7 +42,8 @@ def encode_refcounts(counts: npt.NDArray[Any], order: int) -> bytes:
     per_byte = 8 // bits
     rows = counts.astype(np.uint8).reshape(-1, per_byte)
     shifts = (np.arange(per_byte) * bits).astype(np.uint8)
-    return np.bitwise_or.reduce(rows << shifts, axis=1).astype(np.uint8).tobytes()
+    packed = np.bitwise_or.reduce(rows << shifts, axis=1)
+    return bytes(packed.astype(np.uint8))
 
 
 def _narrow_bits(raw: bytes | bytearray | memoryview, order: int) -> npt.NDArray[np.uint8]:

@@ -18,11 +18,6 @@ _UNUSED_ON_DISK = 0xFFFF_FFFF
 MAX_SECTOR = _UNUSED_ON_DISK - 1
 
 
-def table_size(entries: int) -> int:
-    """Bytes of a table of `entries` entries on disk, padded to whole sectors."""
-    return align_up(entries * ENTRY_SIZE, SECTOR)
-
-
 def decode_bat(raw: bytes) -> Int64Array:
     """int64 sector numbers, shape (len(raw) / 4,); -1 where the block is unused."""
     sectors = np.frombuffer(raw, dtype=_DISK).astype(np.int64)

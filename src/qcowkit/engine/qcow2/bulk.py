@@ -52,7 +52,8 @@ class Qcow2BulkWriter:
         self._last_compressed = 0
         self._refcounts = RefcountWriter(storage, layout)
         self._l2 = L2Writer(storage, layout, fill=self._preallocated if spec.preallocated else None)
-        self.unit = geometry.subcluster_size
+        self.unit = geometry.cluster_size
+        self.grain = geometry.subcluster_size
         self.explicit_zeros = spec.keeps_zeros
 
     def place(self, chunk: Chunk) -> list[Write]:
@@ -138,7 +139,7 @@ class Qcow2BulkWriter:
         header = dataclasses.replace(
             self._spec.header(),
             l1_size=layout.l1_entries,
-            l1_table_offset=layout.l1_offset,
+            l1_table_offset=layout.l1_offset if layout.l1_entries else 0,
             refcount_table_offset=layout.refcount_table_offset,
             refcount_table_clusters=layout.refcount_table_clusters,
         )

@@ -25,7 +25,7 @@ class L2Writer:
         self._layout = layout
         self._geometry = layout.geometry
         self._fill = fill
-        self._l1 = np.zeros(max(1, layout.l1_entries), dtype=np.uint64)
+        self._l1 = np.zeros(layout.l1_entries, dtype=np.uint64)
         self._current = -1
         self._words: Uint64Array = np.zeros(0, dtype=np.uint64)
         self._batch: list[bytes] = []
@@ -53,8 +53,9 @@ class L2Writer:
                 self._open(index)
         self._close()
         self._flush()
-        raw = self._l1.astype(">u8").tobytes()
-        self._storage.pwrite([raw], offset=self._layout.l1_offset)
+        if len(self._l1):
+            raw = self._l1.astype(">u8").tobytes()
+            self._storage.pwrite([raw], offset=self._layout.l1_offset)
 
     def _store(self, at: int, words: Uint64Array, bitmaps: Uint64Array | None) -> None:
         part = slice(at, at + len(words))

@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def l1_clusters(self) -> int:
-        return ceil_div(max(1, self.l1_entries) * 8, self.geometry.cluster_size)
+        return ceil_div(self.l1_entries * 8, self.geometry.cluster_size)
 
     @property
     def l2_offset(self) -> int:
@@ -58,14 +58,12 @@ class Layout:
         return offset + clusters * self.geometry.cluster_size
 
 
-def plan_layout(
-    geometry: Geometry, *, size: int, l2_tables: int, data_clusters: int
-) -> Layout:
+def plan_layout(geometry: Geometry, *, size: int, l2_tables: int, data_clusters: int) -> Layout:
     """The layout for at most that many L2 tables and data clusters.
 
     Raises RequestError when the refcount table would be larger than readers accept."""
     l1_entries = geometry.l1_entries(size)
-    fixed = 1 + ceil_div(max(1, l1_entries) * 8, geometry.cluster_size) + l2_tables + data_clusters
+    fixed = 1 + ceil_div(l1_entries * 8, geometry.cluster_size) + l2_tables + data_clusters
     blocks, table = refcount_clusters(geometry, fixed)
     if table * geometry.cluster_size > max(MAX_REFCOUNT_TABLE_BYTES, geometry.cluster_size):
         raise RequestError(

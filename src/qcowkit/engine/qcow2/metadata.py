@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.bitmaps import (
+    MAX_BITMAP_ENTRY,
     BitmapEntry,
-    check_bitmaps,
-    decode_bitmap_directory,
+    check_bitmap,
+    decode_bitmap,
     decode_bitmap_table,
 )
 from qcowkit.codecs.qcow2.extensions import Extensions, decode_extensions, decode_name
@@ -181,9 +182,9 @@ def load_bitmap_table(storage: Storage, bitmap: BitmapEntry, *, geometry: Geomet
     """The entries of one bitmap's table, judged by row 36. At most 8 MiB are read.
 
     Raises CorruptMetadata and StorageError."""
-    raw = _read_exactly(
-        storage, bitmap.table_bytes, offset=bitmap.table_offset, structure="bitmap table"
-    )
+    raw = storage.pread(bitmap.table_bytes, offset=bitmap.table_offset)
+    # The file may end inside its last cluster.
+    raw = raw.ljust(bitmap.table_bytes, b"\0")
     return decode_bitmap_table(raw, geometry=geometry, host_offset=bitmap.table_offset)
 
 
@@ -301,36 +302,71 @@ def _iter_snapshots(
     storage: Storage, header: Header, virtual_size: int
 ) -> Iterator[tuple[SnapshotEntry, int]]:
     """Each entry with the byte of the table where it ends. Reads on only as far as they reach."""
-    window, begin, position, last = b"", 0, 0, False
+    window = _Window(storage, header.snapshots_offset)
+    position = 0
     for index in range(header.nb_snapshots):
-        if not last and position + MAX_SNAPSHOT_ENTRY > begin + len(window):
-            begin = position
-            window = storage.pread(_READ, offset=header.snapshots_offset + begin)
-            last = len(window) < _READ
+        raw, offset = window.reach(position, MAX_SNAPSHOT_ENTRY)
         entry, end = decode_snapshot(
-            window,
-            offset=position - begin,
+            raw,
+            offset=offset,
             index=index,
             host_offset=header.snapshots_offset + position,
             version=header.version,
             image_size=virtual_size,
         )
-        position = begin + end
+        position += end - offset
         yield entry, position
 
 
 def _load_bitmaps(
     storage: Storage, header: Header, extensions: Extensions, virtual_size: int, budget: Budget
 ) -> tuple[BitmapEntry, ...]:
+    """Rows 31 to 35: exactly the promised entries, which fill the directory exactly."""
     extension = extensions.bitmaps
     if extension is None or not _active_bitmaps(header):
         return ()
-    size, offset = extension.directory_size, extension.directory_offset
+    size, start = extension.directory_size, extension.directory_offset
     budget.spend("bitmap directory bytes", value=size, limit=budget.metadata_bytes)
-    raw = _read_exactly(storage, size, offset=offset, structure="bitmap directory")
-    entries = decode_bitmap_directory(raw, count=extension.bitmap_count, host_offset=offset)
-    check_bitmaps(entries, geometry=header.geometry, disk_size=virtual_size, host_offset=offset)
-    return entries
+    window = _Window(storage, start)
+    entries: dict[str, BitmapEntry] = {}
+    position = 0
+    for index in range(extension.bitmap_count):
+        raw, offset = window.reach(position, MAX_BITMAP_ENTRY)
+        host, left = start + position, size - position
+        entry, end = decode_bitmap(raw, offset=offset, left=left, index=index, host_offset=host)
+        if entry.name in entries:
+            reason = f"name {ascii(entry.name)} is there twice, expected unique names"
+            raise CorruptMetadata("bitmap directory", host_offset=host, index=index, reason=reason)
+        check_bitmap(
+            entry,
+            index=index,
+            geometry=header.geometry,
+            disk_size=virtual_size,
+            host_offset=start,
+        )
+        entries[entry.name] = entry
+        position += end - offset
+    if position != size:
+        reason = f"{len(entries)} entries of {position} bytes, expected to fill {size}"
+        raise CorruptMetadata("bitmap directory", host_offset=start, reason=reason)
+    return tuple(entries.values())
+
+
+class _Window:
+    """A table of unknown length, read forward in bounded pieces."""
+
+    def __init__(self, storage: Storage, base: int) -> None:
+        self._storage, self._base = storage, base
+        self._raw, self._begin, self._last = b"", 0, False
+
+    def reach(self, position: int, length: int) -> tuple[bytes, int]:
+        """Bytes of the table, and the index in them of `position`; `length` bytes follow there,
+        or fewer only where the file ends."""
+        if not self._last and position + length > self._begin + len(self._raw):
+            self._begin = position
+            self._raw = self._storage.pread(_READ, offset=self._base + position)
+            self._last = len(self._raw) < _READ
+        return self._raw, position - self._begin
 
 
 def _check_lazy_tables(

@@ -1,4 +1,4 @@
-"""Refcounts of an image that is written from front to back, kept only as long as they may change."""
+"""Refcounts of an image written from front to back, kept only as long as they may change."""
 
 from __future__ import annotations
 

@@ -69,9 +69,7 @@ class Qcow2Spec:
 
 def _check_choices(spec: Qcow2Spec) -> None:
     if spec.compression_type not in COMPRESSION_TYPES:
-        raise RequestError(
-            f"compression_type {spec.compression_type!r} is not one of zlib, zstd"
-        )
+        raise RequestError(f"compression_type {spec.compression_type!r} is not one of zlib, zstd")
     if spec.preallocation not in PREALLOCATIONS:
         raise RequestError(
             f"preallocation {spec.preallocation!r} is not one of {', '.join(PREALLOCATIONS)}"

@@ -58,7 +58,7 @@ def load_l1(
 
 
 class SliceCache:
-    """The most recently used L2 slices, at most `limit` bytes of them. Safe from several threads."""
+    """The most recently used L2 slices, `limit` bytes at most. Safe from several threads."""
 
     def __init__(self, storage: Storage, *, slice_size: int, limit: int) -> None:
         self._storage = storage
@@ -99,7 +99,7 @@ class L2Tables:
         self._cache = SliceCache(storage, slice_size=self.slice_size, limit=cache_bytes)
 
     def load_part(self, l1_entry: int, *, first: int, count: int) -> Uint64Array:
-        """Words of entries [first, first + count) of one table, through the cache when they are few.
+        """Words of entries [first, first + count) of a table, through the cache when they are few.
 
         Shape (count * words an entry,)."""
         size = self._geometry.l2_entry_size
@@ -118,7 +118,7 @@ class L2Tables:
         return np.frombuffer(native_words(raw), dtype=np.uint64)
 
     def load_whole(self, l1_entries: Uint64Array) -> Uint64Array:
-        """All words of several tables, one behind the other; neighbours in the file share a read."""
+        """All words of several tables, in order; neighbours in the file share a read."""
         size = self._geometry.cluster_size
         offsets = (l1_entries & np.uint64(OFFSET_MASK)).astype(np.int64)
         raw = bytearray(len(offsets) * size)

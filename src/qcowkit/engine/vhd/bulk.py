@@ -102,7 +102,7 @@ class VhdBulkWriter:
     def _write_table(self) -> None:
         """The table by windows: blocks were placed in order, so an entry follows from its rank."""
         layout = self.layout
-        placed = np.frombuffer(self._placed, dtype=np.uintc).astype(np.int64)
+        placed = np.array(self._placed, dtype=np.int64)
         sectors = (
             layout.first_block + np.arange(len(placed), dtype=np.int64) * layout.block_stride
         ) // SECTOR

@@ -213,6 +213,8 @@ def _encode_names(parent: ParentLink) -> tuple[tuple[bytes, bytes], ...]:
             (ABSOLUTE, encode_locator(ABSOLUTE, parent.absolute)),
             (FILE_URL, encode_locator(FILE_URL, parent.relative)),
         )
+        # Too long a name must fail here, not when the file is nearly done.
+        _unicode_name(parent.relative)
     except UnicodeEncodeError:
         raise RequestError(f"parent name {parent.absolute!r} is not UTF-8") from None
     longest = max(len(raw) for _, raw in names)

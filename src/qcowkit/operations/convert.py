@@ -1,0 +1,289 @@
+"""Convert: any disk, or several behind one another, to a new image or into an existing one."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from qcowkit.codecs.qcow2.compression import make_compressor
+from qcowkit.engine.batches import rows_of
+from qcowkit.engine.executor import ProgressReport, Workers, ignore_progress
+from qcowkit.engine.qcow2.spec import Qcow2Spec, refuse_compressed_data_file
+from qcowkit.engine.raw_bulk import RawBulkWriter
+from qcowkit.engine.transfer import BulkTarget
+from qcowkit.errors import RequestError
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import Flag
+from qcowkit.image.qcow2 import Qcow2Image
+from qcowkit.image.views import Concatenation, Disk, Salvaged, Window
+from qcowkit.operations.copying import Copier, CopyRules, HostCopy
+from qcowkit.operations.create import (
+    DEFAULT_SPARSE,
+    CreateOptions,
+    OptionValue,
+    data_path,
+    open_target,
+    qcow2_spec,
+)
+from qcowkit.storage.atomic import AtomicOutput
+from qcowkit.storage.file import FileStorage
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """Options of a conversion, named as the flags of the command line; sizes in bytes.
+
+    create: options of the new image. sparse_size: shortest hole of a raw target, 0 allocates
+    everything. copy_range: let the host copy, without looking for zeros. start, length: the part of
+    the source to copy. size: of the target's disk, larger than the source's or None."""
+
+    format: str
+    create: Mapping[str, OptionValue] = field(default_factory=dict)
+    compress: bool = False
+    backing: str | None = None
+    backing_format: str | None = None
+    in_place: bool = False
+    target_is_zero: bool = False
+    sparse_size: int | None = None
+    copy_range: bool = False
+    salvage: bool = False
+    rate: int | None = None
+    threads: int | None = None
+    start: int = 0
+    length: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """What came of it. size: guest bytes. salvaged: (start, length, reason) of spots that could
+    not be read and are zeros now."""
+
+    size: int
+    salvaged: tuple[tuple[int, int, str], ...] = ()
+
+
+def convert(
+    sources: Sequence[Disk],
+    path: str | os.PathLike[str],
+    *,
+    options: ConvertOptions,
+    progress: ProgressReport = ignore_progress,
+    cancel: threading.Event | None = None,
+) -> Converted:
+    """Copy the sources, one behind the other, to `path`.
+
+    A new file appears under its name when it is complete; an existing one survives any failure.
+    With `in_place`, and for block devices, the target is written directly. Raises any
+    QcowkitError."""
+    bad: list[tuple[int, int, str]] = []
+    disk = _source(sources, options, bad)
+    with Workers(options.threads, cancel=cancel) as workers:
+        if options.in_place or _is_device(path):
+            _into_existing(disk, path, options, workers, progress)
+            return Converted(size=disk.size, salvaged=tuple(bad))
+        size = _into_new(disk, path, options, workers, progress)
+    return Converted(size=size, salvaged=tuple(bad))
+
+
+def _source(
+    sources: Sequence[Disk], options: ConvertOptions, bad: list[tuple[int, int, str]]
+) -> Disk:
+    disk = sources[0] if len(sources) == 1 else Concatenation(sources)
+    if options.start or options.length is not None:
+        length = disk.size - options.start if options.length is None else options.length
+        disk = Window(disk, start=options.start, length=length)
+    if options.salvage:
+        disk = Salvaged(disk, report=lambda start, length, why: bad.append((start, length, why)))
+    return disk
+
+
+def _is_device(path: str | os.PathLike[str]) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _into_new(
+    disk: Disk,
+    path: str | os.PathLike[str],
+    options: ConvertOptions,
+    workers: Workers,
+    progress: ProgressReport,
+) -> int:
+    create = _create_options(options)
+    size = max(disk.size, options.size or 0, create.size or 0)
+    if create.size is not None and create.size < disk.size:
+        raise RequestError(
+            f"size {create.size} of the target is less than the source's {disk.size} bytes"
+        )
+    spec = qcow2_spec(create, size=size) if options.format == "qcow2" else None
+    if options.compress:
+        assert spec is not None, "only qcow2 compresses"
+        refuse_compressed_data_file(spec)
+    with ExitStack() as stack:
+        output = stack.enter_context(AtomicOutput(path))
+        data_name = data_path(path, create)
+        data = stack.enter_context(AtomicOutput(data_name)) if data_name else None
+        tables, clusters = (0, 0) if spec is None else count_clusters(disk, spec, options)
+        target, made = open_target(
+            output.storage,
+            create,
+            size=size,
+            data_storage=data.storage if data else None,
+            l2_tables=tables,
+            data_clusters=clusters,
+            sparse=_sparse_unit(options),
+        )
+        rules = _rules(disk, options, spec, _host_copy(disk, data or output, options, create))
+        Copier(disk=disk, target=target, rules=rules, workers=workers, progress=progress).run()
+        target.finish()
+        if data is not None:
+            data.storage.truncate(made.size)
+            data.commit()
+        output.commit()
+    return made.size
+
+
+def _into_existing(
+    disk: Disk,
+    path: str | os.PathLike[str],
+    options: ConvertOptions,
+    workers: Workers,
+    progress: ProgressReport,
+) -> None:
+    if options.format != "raw":
+        raise RequestError(
+            f"{os.fsdecode(path)}: only a raw target is written in place, found -O {options.format}"
+        )
+    with FileStorage.open(path, writable=True) as storage:
+        if storage.size() < disk.size:
+            raise RequestError(
+                f"{storage.name}: the target has {storage.size()} bytes, "
+                f"the source {disk.size}: it does not fit"
+            )
+        keep_zeros = not options.target_is_zero
+        target: BulkTarget = RawBulkWriter(
+            storage, size=storage.size(), unit=_sparse_unit(options), overwrite=keep_zeros
+        )
+        share = _copy_to if options.copy_range else None
+        rules = _rules(disk, options, None, share)
+        Copier(disk=disk, target=target, rules=rules, workers=workers, progress=progress).run()
+        target.finish()
+        storage.flush()
+
+
+def _create_options(options: ConvertOptions) -> CreateOptions:
+    create = CreateOptions.of(options.format, options.create)
+    return create.with_values(backing_file=options.backing, backing_fmt=options.backing_format)
+
+
+def _sparse_unit(options: ConvertOptions) -> int:
+    """The grain of holes in a raw target: a power of two of at least a sector."""
+    wanted = DEFAULT_SPARSE if options.sparse_size is None else options.sparse_size
+    return max(SECTOR, 1 << max(0, wanted.bit_length() - 1)) if wanted else DEFAULT_SPARSE
+
+
+def _rules(
+    disk: Disk, options: ConvertOptions, spec: Qcow2Spec | None, host_copy: HostCopy | None
+) -> CopyRules:
+    based = spec is not None and spec.backing_name is not None
+    compress = None
+    if options.compress and spec is not None:
+        compress = make_compressor(spec.compression_type, spec.compression_level)
+    return CopyRules(
+        compress=compress,
+        cluster_size=spec.geometry.cluster_size if spec is not None else 0,
+        verbatim=_verbatim(disk, options, spec),
+        top_only=based,
+        zero_as_data=based and spec is not None and spec.version < 3,
+        everything=options.sparse_size == 0,
+        host_copy=host_copy,
+        rate=options.rate,
+    )
+
+
+def _verbatim(disk: Disk, options: ConvertOptions, spec: Qcow2Spec | None) -> frozenset[int]:
+    """The images whose compressed clusters have the target's type and size."""
+    if not options.compress or spec is None or options.start or options.salvage:
+        return frozenset()
+    if isinstance(disk, Concatenation) or spec.compression_level is not None:
+        # Clusters of a later disk begin anywhere; a level asks for compressing anew.
+        return frozenset()
+    return frozenset(
+        layer
+        for layer, image in enumerate(disk.images)
+        if isinstance(image, Qcow2Image)
+        and image.metadata.compression_type == spec.compression_type
+        and image.cluster_size == spec.geometry.cluster_size
+    )
+
+
+def _share(source: Storage, target: Storage, offset: int, length: int, target_offset: int) -> bool:
+    return source.clone_to(target, offset=offset, length=length, target_offset=target_offset)
+
+
+def _copy_to(
+    source: Storage, target: Storage, offset: int, length: int, target_offset: int
+) -> bool:
+    return source.copy_to(target, offset=offset, length=length, target_offset=target_offset)
+
+
+def _host_copy(
+    disk: Disk, output: AtomicOutput, options: ConvertOptions, create: CreateOptions
+) -> HostCopy | None:
+    """How the host may copy for us: sharing blocks where its file system can, else only on demand.
+
+    Sharing keeps allocated zeros, which cost nothing there; -S asks to look at the data."""
+    if options.compress or options.salvage or options.sparse_size is not None:
+        return None
+    if create.values.get("preallocation", "off") != "off":
+        return None
+    if _can_share(disk, output.storage):
+        return _share
+    return _copy_to if options.copy_range else None
+
+
+def _can_share(disk: Disk, target: FileStorage) -> bool:
+    """Try one block, then take it back. The target is still empty."""
+    sources = [image.data_storage for image in disk.images]
+    block = target.caps.block_size
+    if any(source.size() < block or source.caps.block_device for source in sources):
+        return False
+    shared = all(
+        source.clone_to(target, offset=0, length=block, target_offset=0) for source in sources
+    )
+    target.truncate(0)
+    return shared
+
+
+def count_clusters(disk: Disk, spec: Qcow2Spec, options: ConvertOptions) -> tuple[int, int]:
+    """Upper bounds for the layout: (L2 tables, data clusters) that the disk may need."""
+    geometry = spec.geometry
+    if options.sparse_size == 0:
+        return geometry.l1_entries(spec.size), geometry.clusters(spec.size)
+    wanted = Flag.DATA | Flag.ZERO if spec.backing_name is not None else Flag.DATA
+    clusters = tables = 0
+    last_cluster = last_table = -1
+    for table in disk.iter_extents(align=max(geometry.l2_coverage, 1 << 21)):
+        if spec.backing_name is not None:
+            table = table.take(table.layer == 0)
+        touched = rows_of(table, wanted).scale_outward(geometry.cluster_size)
+        below = rows_of(table, wanted).scale_outward(geometry.l2_coverage)
+        # Windows may share a unit at their edges: it counts once.
+        clusters += touched.difference(_upto(last_cluster)).total
+        tables += below.difference(_upto(last_table)).total
+        if len(touched):
+            last_cluster, last_table = int(touched.stop[-1]) - 1, int(below.stop[-1]) - 1
+    return tables, clusters
+
+
+def _upto(last: int) -> RangeSet:
+    return RangeSet.of([0], [last + 1])

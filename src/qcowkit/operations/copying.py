@@ -1,0 +1,349 @@
+"""Bulk copying: a guest disk read by workers, placed in order, written by workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowkit.codecs.qcow2.compression import Compressor
+from qcowkit.engine.batches import plan_batches, rows_of
+from qcowkit.engine.executor import (
+    Background,
+    BufferPool,
+    ProgressReport,
+    RateLimit,
+    Workers,
+    ignore_progress,
+)
+from qcowkit.engine.transfer import BulkTarget, Chunk, UnitState, Write
+from qcowkit.extents.algebra import clip, units_with
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import Extent, ExtentTable, Flag
+from qcowkit.extents.zeros import zero_units
+from qcowkit.image.qcow2 import Qcow2Image
+from qcowkit.image.views import Disk
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import KiB, MiB, align_down, align_up, ceil_div
+
+WINDOW = 2 * MiB
+# Shorter runs are not worth a call into the host's file system of their own.
+MIN_DIRECT = 64 * KiB
+_MAX_DIRECT = 256 * MiB
+
+HostCopy = Callable[[Storage, Storage, int, int, int], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRules:
+    """How to copy. compress: from cluster to blob, None for plain. cluster_size: of the target when
+    it compresses. verbatim: images whose compressed clusters may be copied as they are.
+    top_only: only what the top layer decides is copied, the rest stays ABSENT.
+    zero_as_data: the target cannot say that a cluster is zero. everything: zeros are data too.
+    host_copy: the host's own way of copying a run, None to read and write."""
+
+    compress: Compressor | None = None
+    cluster_size: int = 0
+    verbatim: frozenset[int] = frozenset()
+    top_only: bool = False
+    zero_as_data: bool = False
+    everything: bool = False
+    host_copy: HostCopy | None = None
+    rate: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A guest range to be read together, and what is known of it."""
+
+    start: int
+    stop: int
+    table: ExtentTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroRange:
+    """A guest range that only has to be told to be zero."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectRange:
+    """A guest range that the host copies: one plain run of one layer."""
+
+    start: int
+    stop: int
+    run: Extent
+
+
+Work = Batch | ZeroRange | DirectRange
+
+
+@dataclass(slots=True, kw_only=True)
+class Loaded:
+    """What a worker made of an item: the item itself, or a chunk and the buffer to give back."""
+
+    item: Work
+    chunk: Chunk | None = None
+    buffer: npt.NDArray[np.uint8] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Copier:
+    """One bulk copy of `disk` to `target`."""
+
+    disk: Disk
+    target: BulkTarget
+    rules: CopyRules
+    workers: Workers
+    progress: ProgressReport = ignore_progress
+    _window: int = field(init=False)
+    _pool: BufferPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._window = max(WINDOW, self.target.unit)
+        self._pool = BufferPool(self._window)
+
+    def run(self) -> None:
+        """Copy all of it. The caller finishes the target. Raises what reading or writing raises."""
+        background = self.workers.background()
+        limit = RateLimit(self.rules.rate)
+        total = self.disk.size
+        for loaded in self.workers.map_ordered(self._load, self._items()):
+            item = loaded.item
+            if isinstance(item, ZeroRange):
+                self.target.place_zeros(item.start, item.stop - item.start)
+            elif isinstance(item, DirectRange):
+                self._start_direct(item, background)
+            else:
+                self._start_writes(loaded, background)
+            if self.rules.rate is not None:
+                limit.spend(item.stop - item.start)
+            self.progress(item.stop, total)
+        background.wait()
+        self.progress(total, total)
+
+    # What to do, in ascending order. Runs in the consuming thread.
+
+    def _items(self) -> Iterator[Work]:
+        for table in self.disk.iter_extents(align=self._window):
+            yield from self._plan(table)
+
+    def _plan(self, table: ExtentTable) -> Iterator[Work]:
+        begin, end, unit = table.begin, table.end, self.target.unit
+        shown = self._shown(table)
+        if self.rules.everything:
+            copied, zeros = RangeSet.of([begin], [end]), RangeSet.empty()
+        else:
+            copied = _outward(rows_of(shown, Flag.DATA, without=Flag.ZERO), unit).clip(begin, end)
+            zeros = self._zeros(shown)
+        direct = list(self._direct(table)) if self.rules.host_copy else []
+        stops = [run.start + run.length for run in direct]
+        taken = RangeSet.of([run.start for run in direct], stops)
+        inner = _inward(zeros, unit, self.disk.size).difference(copied)
+        copied = copied.union(_outward(zeros, unit).clip(begin, end).difference(inner))
+        copied = copied.difference(taken)
+        inner = inner.difference(taken)
+        batches = plan_batches(copied, window=self._window, barriers=taken.union(inner))
+        work: list[Work] = [
+            Batch(start=start, stop=stop, table=table)
+            for start, stop in zip(*(column.tolist() for column in batches), strict=True)
+        ]
+        if direct or len(inner):
+            work += [ZeroRange(start=start, stop=stop) for start, stop in inner]
+            work += [
+                DirectRange(start=run.start, stop=run.start + run.length, run=run) for run in direct
+            ]
+            work.sort(key=lambda item: item.start)
+        yield from work
+
+    def _shown(self, table: ExtentTable) -> ExtentTable:
+        """With `top_only`, the rows of deeper layers as if nothing were there."""
+        if not self.rules.top_only:
+            return table
+        flags = np.where(table.layer == 0, table.flags, 0).astype(np.uint16)
+        return ExtentTable(
+            start=table.start,
+            length=table.length,
+            flags=flags,
+            layer=table.layer,
+            host=table.host,
+            stored=table.stored,
+        )
+
+    def _zeros(self, shown: ExtentTable) -> RangeSet:
+        """What must be said to be zero. Without `top_only`, a hole is as zero as a zero cluster."""
+        if not self.target.explicit_zeros:
+            return RangeSet.empty()
+        known = rows_of(shown, Flag.ZERO)
+        if self.rules.top_only:
+            return known
+        data = rows_of(shown, Flag.DATA, without=Flag.ZERO)
+        return data.complement(shown.begin, shown.end)
+
+    def _direct(self, table: ExtentTable) -> Iterator[Extent]:
+        """Plain runs, cut inward to what target and host can share."""
+        plain = (table.flags & (Flag.DATA | Flag.ZERO | Flag.COMPRESSED)) == Flag.DATA
+        if self.rules.top_only:
+            plain &= table.layer == 0
+        rows = table.take(plain & (table.length >= MIN_DIRECT))
+        for row in rows:
+            source = self.disk.images[row.layer].data_storage
+            block = max(self.target.unit, source.caps.block_size)
+            start = align_up(row.start, block)
+            stop = align_down(row.start + row.length, block)
+            host = row.host + start - row.start
+            if stop - start < MIN_DIRECT or host % source.caps.block_size:
+                continue
+            for at in range(start, stop, _MAX_DIRECT):
+                length = min(_MAX_DIRECT, stop - at)
+                yield row._replace(start=at, length=length, host=host + at - start)
+
+    # Reading. Runs in workers.
+
+    def _load(self, item: Work) -> Loaded:
+        if not isinstance(item, Batch):
+            return Loaded(item=item)
+        table = clip(item.table, item.start, item.stop)
+        buffer = self._pool.take()
+        length = item.stop - item.start
+        view = buffer.data
+        blobs: list[bytes | None] = []
+        kept: dict[int, bytes] = {}
+        if self.rules.verbatim:
+            table, kept = self._keep_compressed(table)
+        self.disk.read_table(table, view[:length])
+        states = self._states(table, buffer[:length], kept)
+        if self.rules.compress is not None:
+            blobs = self._compress(buffer, length, states, kept)
+        chunk = Chunk(start=item.start, length=length, states=states, view=view, blobs=tuple(blobs))
+        return Loaded(item=item, chunk=chunk, buffer=buffer)
+
+    def _states(
+        self, table: ExtentTable, data: npt.NDArray[np.uint8], kept: dict[int, bytes]
+    ) -> npt.NDArray[np.uint8]:
+        grain = self.target.grain
+        count = ceil_div(len(data), grain)
+        states = np.full(count, UnitState.DATA, dtype=np.uint8)
+        if self.rules.everything:
+            return states
+        states[zero_units(data, grain)] = UnitState.ZERO
+        if self.rules.zero_as_data:
+            states[states == UnitState.ZERO] = UnitState.DATA
+        if self.rules.top_only:
+            touched = units_with(self._shown(table), Flag.DATA | Flag.ZERO, grain)
+            states[~touched] = UnitState.ABSENT
+        per_cluster = self.rules.cluster_size // grain if kept else 0
+        for index in kept:
+            states[index * per_cluster : (index + 1) * per_cluster] = UnitState.DATA
+        return states
+
+    def _keep_compressed(self, table: ExtentTable) -> tuple[ExtentTable, dict[int, bytes]]:
+        """Clusters that travel as they are, by index in the batch; the rest of the table reads
+        them as zeros. The bytes may end with up to 511 of a neighbour's, as in the source."""
+        size = self.rules.cluster_size
+        begin = table.begin
+        whole = ((table.flags & Flag.COMPRESSED) != 0) & (table.length == size)
+        whole &= (table.start % size) == 0
+        kept: dict[int, bytes] = {}
+        flags = table.flags.copy()
+        for position in np.flatnonzero(whole).tolist():
+            row = Extent(*next(table.take(slice(position, position + 1)).rows()))
+            if row.layer not in self.rules.verbatim or (self.rules.top_only and row.layer):
+                continue
+            image = self.disk.images[row.layer]
+            assert isinstance(image, Qcow2Image), "only qcow2 has compressed clusters"
+            blob = image.clusters.read_stored(row)
+            if len(blob) < size:
+                kept[(row.start - begin) // size] = blob
+                flags[position] = Flag.ZERO | Flag.PRESENT
+        shown = ExtentTable(
+            start=table.start,
+            length=table.length,
+            flags=flags,
+            layer=table.layer,
+            host=table.host,
+            stored=table.stored,
+        )
+        return shown, kept
+
+    def _compress(
+        self,
+        buffer: npt.NDArray[np.uint8],
+        length: int,
+        states: npt.NDArray[np.uint8],
+        kept: dict[int, bytes],
+    ) -> list[bytes | None]:
+        size, compress = self.rules.cluster_size, self.rules.compress
+        assert compress is not None, "a compressing copy has a compressor"
+        padded = ceil_div(length, size) * size
+        buffer[length:padded] = 0
+        view = buffer.data
+        per_cluster = size // self.target.grain
+        blobs: list[bytes | None] = []
+        for index in range(padded // size):
+            units = states[index * per_cluster : (index + 1) * per_cluster]
+            if index in kept:
+                blobs.append(kept[index])
+            elif not (units == UnitState.DATA).any():
+                blobs.append(None)
+            else:
+                blob = compress(view[index * size : (index + 1) * size])
+                blobs.append(blob if len(blob) < size else None)
+        return blobs
+
+    # Writing.
+
+    def _start_writes(self, loaded: Loaded, background: Background) -> None:
+        assert loaded.chunk is not None, "a batch has a chunk"
+        writes = self.target.place(loaded.chunk)
+        buffer, pool = loaded.buffer, self._pool
+        assert buffer is not None, "a batch has a buffer"
+        if not writes:
+            pool.give(buffer)
+            return
+
+        def run() -> None:
+            _run_all(writes)
+            pool.give(buffer)
+
+        background.submit(run)
+
+    def _start_direct(self, item: DirectRange, background: Background) -> None:
+        source = self.disk.images[item.run.layer].data_storage
+        storage, host = self.target.place_direct(item.start, item.stop - item.start)
+        share = self.rules.host_copy
+        assert share is not None, "direct ranges need a way to copy"
+
+        def run() -> None:
+            if not share(source, storage, item.run.host, item.run.length, host):
+                self._copy_plainly(source, storage, item.run, host)
+
+        background.submit(run)
+
+    def _copy_plainly(self, source: Storage, target: Storage, run: Extent, host: int) -> None:
+        """The host refused this run: read and write it. What the source file lacks is zero."""
+        for at in range(0, run.length, WINDOW):
+            length = min(WINDOW, run.length - at)
+            raw = source.pread(length, offset=run.host + at)
+            target.pwrite([raw.ljust(length, b"\0")], offset=host + at)
+
+
+def _run_all(writes: list[Write]) -> None:
+    for write in writes:
+        write.run()
+
+
+def _outward(ranges: RangeSet, unit: int) -> RangeSet:
+    return ranges.scale_outward(unit).scale_up(unit)
+
+
+def _inward(ranges: RangeSet, unit: int, size: int) -> RangeSet:
+    """The whole units within the ranges; the last unit of the disk may be short."""
+    stop = np.where(ranges.stop == size, align_up(size, unit), ranges.stop)
+    inner = RangeSet.of(-(-ranges.start // unit) * unit, stop // unit * unit)
+    return inner.clip(0, size)

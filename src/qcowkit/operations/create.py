@@ -1,0 +1,280 @@
+"""New images: what may be asked for, and the empty image that follows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from qcowkit.budget import TRUSTED, Budget
+from qcowkit.codecs.qcow2.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
+from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter, preallocate
+from qcowkit.engine.qcow2.layout import plan_layout
+from qcowkit.engine.qcow2.spec import Qcow2Spec
+from qcowkit.engine.raw_bulk import RawBulkWriter
+from qcowkit.engine.transfer import BulkTarget
+from qcowkit.engine.vhd.bulk import VhdBulkWriter
+from qcowkit.engine.vhd.target import VhdTarget
+from qcowkit.errors import RequestError
+from qcowkit.image.gate import ReferenceGate
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.storage.atomic import AtomicOutput
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR, KiB, align_up, is_power_of_two
+
+OptionValue = str | int | bool
+DEFAULT_SPARSE = 4 * KiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateOptions:
+    """A format and its options by their names of the command line, sizes in bytes."""
+
+    format: str
+    values: Mapping[str, OptionValue] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, format: str, values: Mapping[str, OptionValue]) -> Self:
+        """From keys that were parsed; unknown ones are refused by `qcow2_spec` and its like."""
+        return cls(format=format, values=dict(values))
+
+    @property
+    def size(self) -> int | None:
+        """Guest bytes, if said."""
+        value = self.values.get("size")
+        return None if value is None else int(value)
+
+    def text(self, key: str) -> str | None:
+        """An option that is a name."""
+        value = self.values.get(key)
+        return None if value is None else str(value)
+
+    def with_values(self, **values: OptionValue | None) -> CreateOptions:
+        """The same with some keys set; None leaves a key as it is."""
+        given = {key: value for key, value in values.items() if value is not None}
+        return replace(self, values={**self.values, **given})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """What was made: the guest's size in bytes and every option with its final value."""
+
+    format: str
+    size: int
+    values: Mapping[str, OptionValue]
+
+    def shown(self) -> dict[str, OptionValue]:
+        """Keys in the order in which they are printed."""
+        return {key: self.values[key] for key in sorted(self.values)}
+
+
+def create_image(
+    path: str | os.PathLike[str],
+    options: CreateOptions,
+    *,
+    gate: ReferenceGate,
+    check_backing: bool = True,
+    budget: Budget = TRUSTED,
+) -> Created:
+    """Make an empty image that appears under its name when it is complete.
+
+    check_backing: open the base image, which must exist, and take its size where none is given.
+    Raises RequestError for options that cannot be, StorageError and all errors of the base."""
+    backing = options.text("backing_file")
+    if backing is not None and check_backing:
+        size = backing_size(path, options, gate=gate, budget=budget)
+        options = options if options.size is not None else options.with_values(size=size)
+    if options.size is None:
+        raise RequestError("the size of the new image is missing")
+    with ExitStack() as stack:
+        output = stack.enter_context(AtomicOutput(path))
+        data = (
+            stack.enter_context(AtomicOutput(name)) if (name := data_path(path, options)) else None
+        )
+        target, made = open_target(
+            output.storage,
+            options,
+            size=options.size,
+            data_storage=data.storage if data else None,
+        )
+        target.finish()
+        if data is not None:
+            data.storage.truncate(made.size)
+            # First the data: an image must not name a file that is not there.
+            data.commit()
+        output.commit()
+    return made
+
+
+def backing_size(
+    path: str | os.PathLike[str], options: CreateOptions, *, gate: ReferenceGate, budget: Budget
+) -> int:
+    """Guest bytes of the base image that the options name, opened as the new image will see it.
+
+    The user names the base, not an image: it may lie anywhere; what it names itself may not."""
+    name = str(options.text("backing_file"))
+    target = os.path.join(os.path.dirname(os.path.abspath(os.fsdecode(path))), name)
+    layers = open_layers(target, format=options.text("backing_fmt"), gate=gate, budget=budget)
+    try:
+        return layers[0].metadata.virtual_size
+    finally:
+        close_layers(layers)
+
+
+def data_path(path: str | os.PathLike[str], options: CreateOptions) -> str | None:
+    """Where the external data file lies: its name is relative to the image's directory."""
+    name = options.text("data_file")
+    if name is None:
+        return None
+    return os.path.join(os.path.dirname(os.path.abspath(os.fsdecode(path))), name)
+
+
+def open_target(
+    storage: Storage,
+    options: CreateOptions,
+    *,
+    size: int,
+    data_storage: Storage | None = None,
+    l2_tables: int = 0,
+    data_clusters: int = 0,
+    sparse: int = DEFAULT_SPARSE,
+) -> tuple[BulkTarget, Created]:
+    """The bulk writer of a new image on an empty storage, and what it makes.
+
+    l2_tables, data_clusters: upper bounds of what a qcow2 image will hold. sparse: bytes, the
+    shortest hole in a raw target."""
+    if options.format == "qcow2":
+        spec = qcow2_spec(options, size=size)
+        return _qcow2_target(
+            storage,
+            spec,
+            data_storage=data_storage,
+            l2_tables=l2_tables,
+            data_clusters=data_clusters,
+        )
+    if options.format == "vpc":
+        return _vhd_target(storage, options, size=size)
+    return _raw_target(storage, options, size=size, sparse=sparse)
+
+
+def qcow2_spec(options: CreateOptions, *, size: int) -> Qcow2Spec:
+    """The options of qcow2 as one checked specification; the size is rounded up to sectors."""
+    values = options.values
+    version = 2 if values.get("compat", "1.1") == "0.10" else 3
+    level = values.get("compression_level")
+    return Qcow2Spec(
+        size=align_up(size, SECTOR),
+        geometry=Geometry(
+            cluster_bits=_cluster_bits(int(values.get("cluster_size", 64 * KiB))),
+            refcount_order=_refcount_order(int(values.get("refcount_bits", 16))),
+            extended_l2=bool(values.get("extended_l2", False)),
+        ),
+        version=version,
+        compression_type=str(values.get("compression_type", "zlib")),
+        compression_level=None if level is None else int(level),
+        lazy_refcounts=bool(values.get("lazy_refcounts", False)),
+        preallocation=str(values.get("preallocation", "off")),
+        backing_name=options.text("backing_file"),
+        backing_format=options.text("backing_fmt"),
+        data_file=options.text("data_file"),
+        data_file_raw=bool(values.get("data_file_raw", False)),
+    )
+
+
+def _cluster_bits(size: int) -> int:
+    least, most = 1 << MIN_CLUSTER_BITS, 1 << MAX_CLUSTER_BITS
+    if not is_power_of_two(size) or not least <= size <= most:
+        raise RequestError(f"cluster_size {size} is not a power of two between {least} and {most}")
+    return size.bit_length() - 1
+
+
+def _refcount_order(bits: int) -> int:
+    if bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise RequestError(f"refcount_bits {bits} is not one of 1, 2, 4, 8, 16, 32, 64")
+    return bits.bit_length() - 1
+
+
+def _qcow2_target(
+    storage: Storage,
+    spec: Qcow2Spec,
+    *,
+    data_storage: Storage | None,
+    l2_tables: int,
+    data_clusters: int,
+) -> tuple[BulkTarget, Created]:
+    geometry = spec.geometry
+    external = spec.data_file is not None
+    if spec.preallocated:
+        l2_tables, data_clusters = geometry.l1_entries(spec.size), geometry.clusters(spec.size)
+    layout = plan_layout(
+        geometry,
+        size=spec.size,
+        l2_tables=l2_tables,
+        data_clusters=0 if external else data_clusters,
+    )
+    if spec.preallocation in ("falloc", "full"):
+        area = geometry.clusters(spec.size) * geometry.cluster_size
+        where, offset = (data_storage, 0) if data_storage else (storage, layout.data_offset)
+        length = spec.size if data_storage else area
+        preallocate(where, offset=offset, length=length, mode=spec.preallocation)
+    writer = Qcow2BulkWriter(storage, spec, layout, data_storage=data_storage)
+    return writer, Created(format="qcow2", size=spec.size, values=_qcow2_values(spec))
+
+
+def _qcow2_values(spec: Qcow2Spec) -> dict[str, OptionValue]:
+    values: dict[str, OptionValue | None] = {
+        "cluster_size": spec.geometry.cluster_size,
+        "extended_l2": spec.geometry.extended_l2,
+        "compat": "0.10" if spec.version == 2 else None,
+        "compression_type": spec.compression_type,
+        "size": spec.size,
+        "lazy_refcounts": spec.lazy_refcounts,
+        "refcount_bits": spec.geometry.refcount_bits,
+        "backing_file": spec.backing_name,
+        "backing_fmt": spec.backing_format,
+        "data_file": spec.data_file,
+        "data_file_raw": spec.data_file_raw or None,
+        "preallocation": None if spec.preallocation == "off" else spec.preallocation,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _vhd_target(
+    storage: Storage, options: CreateOptions, *, size: int
+) -> tuple[BulkTarget, Created]:
+    fixed = options.values.get("subformat", "dynamic") == "fixed"
+    force = bool(options.values.get("force_size", True))
+    writer = VhdBulkWriter(
+        storage,
+        size=align_up(size, SECTOR),
+        subformat="fixed" if fixed else "dynamic",
+        force_size=force,
+    )
+    values: dict[str, OptionValue] = {
+        "size": writer.size,
+        "subformat": "fixed" if fixed else "dynamic",
+        "force_size": force,
+    }
+    return VhdTarget(storage, writer), Created(format="vpc", size=writer.size, values=values)
+
+
+def _raw_target(
+    storage: Storage, options: CreateOptions, *, size: int, sparse: int
+) -> tuple[BulkTarget, Created]:
+    mode = str(options.values.get("preallocation", "off"))
+    size = align_up(size, SECTOR) if size % SECTOR else size
+    preallocate(storage, offset=0, length=size, mode=mode)
+    values: dict[str, OptionValue] = {"size": size}
+    if mode != "off":
+        values["preallocation"] = mode
+    return RawBulkWriter(storage, size=size, unit=sparse), Created(
+        format="raw", size=size, values=values
+    )
+
+
+def target_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory from which the names in a new image are read."""
+    return Path(os.path.abspath(os.fsdecode(path))).parent

@@ -1,0 +1,24 @@
+"""Tools of other projects that our files are shown to, and whose files we are shown."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+
+def peer(name: str) -> str:
+    """The path of a command, or a skip that names it."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"peer {name} is not installed")
+    return path
+
+
+def run_peer(name: str, *arguments: object, status: int = 0) -> str:
+    """The standard output of a peer that must end with `status`."""
+    command = [peer(name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == status, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout
