@@ -19,7 +19,9 @@ from pathlib import Path
 MIB = 1 << 20
 SECTOR = 512
 DISK_SIZE = 768 * MIB
-FILES_LIMIT = 400 * MIB
+# Of each source, so that the disk holds texts, programs and libraries alike.
+SOURCE_BYTES = 90 * MIB
+SOURCE_FILES = 2000
 PLACE = Path(".demo")
 QCOW = Path(sys.executable).with_name("qcow")
 
@@ -126,18 +128,25 @@ def gather(tree: Path) -> tuple[int, int]:
     """Copy real files below `tree`; returns how many, and their bytes."""
     count = size = 0
     for number, source in enumerate(sources()):
-        for folder, _, names in os.walk(source):
-            target = tree / f"{number}-{source.name}" / os.path.relpath(folder, source)
-            for name in names:
-                path = Path(folder, name)
-                if path.is_symlink() or not path.is_file() or not os.access(path, os.R_OK):
-                    continue
-                length = path.stat().st_size
-                if size + length > FILES_LIMIT:
-                    continue
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / name)
-                count, size = count + 1, size + length
+        files, length = copy_some(source, tree / f"{number}-{source.name}")
+        count, size = count + files, size + length
+    return count, size
+
+
+def copy_some(source: Path, target: Path) -> tuple[int, int]:
+    """Copy files of one source up to the limits; returns how many, and their bytes."""
+    count = size = 0
+    for folder, _, names in os.walk(source):
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink() or not path.is_file() or not os.access(path, os.R_OK):
+                continue
+            length = path.stat().st_size
+            if size + length > SOURCE_BYTES or count == SOURCE_FILES:
+                continue
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            count, size = count + 1, size + length
     return count, size
 
 

@@ -75,6 +75,7 @@ NUMPY_ALLOWED = (
     "qcowkit.codecs.qcow2.refcount_block",
     "qcowkit.codecs.qcow2.bitmaps_data",
     "qcowkit.codecs.vhd.bat",
+    "qcowkit.cli.opening",
     "qcowkit.cli.commands.*",
 )
 

@@ -193,7 +193,7 @@ def test_the_size_grows_to_sectors_and_only_on_request_to_cylinders(
 
 
 def test_a_disk_of_2040_gib_fits_and_a_sector_more_does_not() -> None:
-    assert MAX_SIZE == 2040 * GiB
+    assert 2040 * GiB == MAX_SIZE
     layout = plan_layout(MAX_SIZE)
     assert layout.file_size(layout.table_entries) < 2 * TiB
     message = f"size {MAX_SIZE + 512} is above the largest VHD, {MAX_SIZE} bytes (2040 GiB)"

@@ -16,6 +16,7 @@ from qcowkit.image.chain import Chain
 from qcowkit.image.vhd import VhdImage
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.testing.vhd_builder import DIFFERENCING, FIXED, VhdBuilder
+from tests.corpus import Entry, bad_images, entry_id, sound_images, unpack
 
 BLOCK = 4096
 
@@ -108,3 +109,60 @@ def test_closing_the_image_closes_its_file() -> None:
     disk.close()
     with pytest.raises(QcowkitError):
         disk.data_storage.size()
+
+
+SOUND = sound_images(format="vpc")
+
+
+def corpus_chain(entry: Entry, folder: Path) -> list[VhdImage]:
+    """The image and its bases, top first, without following any name."""
+    unpack(entry, folder)
+    names = [entry["file"], *entry["open"]["needs"]]
+    return [image((folder / name).read_bytes()) for name in names]
+
+
+@pytest.mark.parametrize("entry", SOUND, ids=entry_id)
+def test_the_corpus_reads_to_its_recorded_digests(entry: Entry, tmp_path: Path) -> None:
+    chain = Chain(corpus_chain(entry, tmp_path))
+    assert chain.size == entry["virtual_size"]
+    if "guest_sha256" in entry:
+        disk = chain.read(offset=0, length=chain.size)
+        assert hashlib.sha256(disk).hexdigest() == entry["guest_sha256"]
+    for offset, length, digest in entry.get("probes", ()):
+        part = chain.read(offset=offset, length=length)
+        assert hashlib.sha256(part).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in SOUND if entry["open"]["needs"]], ids=entry_id
+)
+def test_the_children_of_the_corpus_name_their_parents(entry: Entry, tmp_path: Path) -> None:
+    child, parent = corpus_chain(entry, tmp_path)[:2]
+    assert child.metadata.parent_id == parent.metadata.unique_id
+    assert child.metadata.references[0].names == (entry["open"]["needs"][0],)
+    assert child.metadata.warnings == ()
+
+
+@pytest.mark.parametrize("entry", [entry for entry in SOUND if "map" in entry], ids=entry_id)
+def test_the_corpus_has_its_recorded_map(entry: Entry, tmp_path: Path) -> None:
+    """qemu ignores bitmaps: the sectors that we call zero and allocated are data to it."""
+    (disk,) = corpus_chain(entry, tmp_path)
+    found = []
+    for row in disk.extents(start=0, length=disk.size):
+        data = row.host >= 0
+        last = found[-1] if found else (0, 0, 0, 0)
+        if data and last[2] and last[3] + last[1] == row.host:
+            found[-1] = (last[0], last[1] + row.length, True, last[3])
+        else:
+            found.append((row.start, row.length, data, row.host if data else 0))
+    assert found == [
+        (row["start"], row["length"], row["data"], row.get("offset", 0)) for row in entry["map"]
+    ]
+
+
+@pytest.mark.parametrize("entry", bad_images(format="vpc"), ids=entry_id)
+def test_the_bad_images_of_the_corpus_are_refused(entry: Entry, tmp_path: Path) -> None:
+    assert (entry["expect"], entry["at"]) == ("refuse", "open")
+    raw = unpack(entry, tmp_path).read_bytes()
+    with pytest.raises(QcowkitError):
+        image(raw)

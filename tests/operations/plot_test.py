@@ -1,4 +1,4 @@
-"""The drawn cluster map: shares against a per-byte count, and files that others can read."""
+"""The drawn cluster map: shares against a plain count, and files that others can read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from qcowkit.errors import RequestError
 from qcowkit.extents.algebra import overlay
-from qcowkit.extents.table import ExtentTable, Flag, empty, make_table
+from qcowkit.extents.table import Extent, ExtentTable, Flag, empty, make_table
 from qcowkit.operations.plot import plot_png, plot_svg, plot_terminal
 from qcowkit.operations.plotting.cells import State, measure_cells
 from qcowkit.operations.plotting.font import text_dots
 from qcowkit.operations.plotting.png import encode_png
 from qcowkit.operations.plotting.scene import percent
 from qcowkit.testing.disks import TableDisk
-from qcowkit.testing.strategies import ByteFacts, extent_tables, per_byte
+from qcowkit.testing.strategies import extent_tables
 
 DATA = int(Flag.DATA | Flag.PRESENT)
 ZERO = int(Flag.ZERO | Flag.PRESENT)
@@ -44,12 +44,11 @@ def mixed() -> TableDisk:
     )
 
 
-def state_of(facts: ByteFacts) -> State:
-    flags, layer, _, _ = facts
-    if flags & Flag.DATA:
-        here = State.COMPRESSED if flags & Flag.COMPRESSED else State.DATA
-        return State.BACKING if layer else here
-    return State.ZERO if flags & Flag.PRESENT else State.UNALLOCATED
+def state_of(row: Extent) -> State:
+    if row.flags & Flag.DATA:
+        here = State.COMPRESSED if row.flags & Flag.COMPRESSED else State.DATA
+        return State.BACKING if row.layer else here
+    return State.ZERO if row.flags & Flag.PRESENT else State.UNALLOCATED
 
 
 @given(
@@ -58,16 +57,17 @@ def state_of(facts: ByteFacts) -> State:
     window=st.integers(1, 5),
     cells=st.integers(1, 40),
 )
-def test_the_shares_of_each_cell_agree_with_a_count_of_its_bytes(
+def test_the_shares_of_each_cell_agree_with_a_count_row_by_row(
     top: ExtentTable, base: ExtentTable, window: int, cells: int
 ) -> None:
     disk = TableDisk(overlay(top, base), window=window)
     found = measure_cells(disk, cells=cells)
-    facts = per_byte(disk.table)
     expected = np.zeros(found.shares.shape, dtype=np.int64)
     for cell in range(len(found)):
-        for offset in range(found.offset(cell), found.offset(cell + 1)):
-            expected[cell, state_of(facts[offset])] += 1
+        begin, end = found.offset(cell), found.offset(cell + 1)
+        for row in disk.table:
+            common = min(end, row.start + row.length) - max(begin, row.start)
+            expected[cell, state_of(row)] += max(0, common)
     assert found.shares.tolist() == expected.tolist()
 
 

@@ -50,16 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="surrogateescape")
     try:
         code = _guarded(list(arguments))
+        return _finish_output(code)
+    except BrokenPipeError:
+        # Whoever read our output has enough.
+        _abandon_output()
+        return exits.SIGNAL_BASE + signal.SIGPIPE
+
+
+def _finish_output(code: int) -> int:
+    """Flush standard output; where it fails, a success becomes a failure."""
+    try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.SIGNAL_BASE + signal.SIGPIPE
+        raise
     except OSError as error:
-        write_error(f"qcow: standard output: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.FAILURE
+        if code == exits.SUCCESS:
+            write_error(f"qcow: {_explain(error)[1]}")
+            code = exits.FAILURE
+        _abandon_output()
     return code
+
+
+def _abandon_output() -> None:
+    """What is still buffered goes nowhere: the interpreter must not complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -97,8 +111,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return exits.FAILURE, "out of memory"
     if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return exits.FAILURE, f"{place}{error.strerror}"
+        # The library names its files; what has no name is a stream of ours.
+        return exits.FAILURE, f"{error.filename or 'standard output'}: {error.strerror}"
     kind = type(error).__name__
     hint = f"{DEBUG_VARIABLE}=1 shows where"
     return exits.FAILURE, f"internal error: {kind}: {error} ({hint})"

@@ -225,10 +225,9 @@ def _mapping_reasons(storage: Storage, metadata: Metadata) -> Iterator[Reason]:
 
 def _snapshot_fan_in(metadata: Qcow2Metadata) -> Iterator[Reason]:
     places = Counter(one.l1_offset for one in metadata.snapshots if one.l1_bytes)
-    for offset, count in places.most_common(1):
-        if count > 1:
-            text = f"{count} snapshots share the L1 table at host offset {offset:#x}"
-            yield Reason(code="fan-in", text=text)
+    for offset, count in _crowded(places, limit=1):
+        text = f"{count} snapshots share the L1 table at host offset {offset:#x}"
+        yield Reason(code="fan-in", text=text)
 
 
 def _qcow2_fan_in(storage: Storage, metadata: Qcow2Metadata) -> Iterator[Reason]:
@@ -236,10 +235,9 @@ def _qcow2_fan_in(storage: Storage, metadata: Qcow2Metadata) -> Iterator[Reason]
     tables: Counter[int] = Counter()
     for words in _words(storage, header.l1_table_offset, header.l1_bytes, code="Q"):
         tables.update(word & _OFFSET_MASK for word in words if word)
-    for offset, count in tables.most_common(1):
-        if count > 1:
-            text = f"{count} L1 entries name the L2 table at host offset {offset:#x}"
-            yield Reason(code="fan-in", text=text)
+    for offset, count in _crowded(tables, limit=1):
+        text = f"{count} L1 entries name the L2 table at host offset {offset:#x}"
+        yield Reason(code="fan-in", text=text)
     yield from _cluster_fan_in(storage, metadata, list(tables))
 
 
@@ -254,11 +252,18 @@ def _cluster_fan_in(
         for words in _words(storage, offset, size, code="Q"):
             entries = words[::2] if metadata.geometry.has_subclusters else words
             places.update(filter(None, map(_place, entries)))
-    for place, count in places.most_common(1):
-        if count > _MAX_SHARING:
-            what = "compressed" if place & _COMPRESSED else "plain"
-            text = f"{count} L2 entries name one {what} cluster ({place & ~_COMPRESSED:#x})"
-            yield Reason(code="fan-in", text=text)
+    for place, count in _crowded(places, limit=_MAX_SHARING):
+        what = "compressed" if place & _COMPRESSED else "plain"
+        text = f"{count} L2 entries name one {what} cluster ({place & ~_COMPRESSED:#x})"
+        yield Reason(code="fan-in", text=text)
+
+
+def _crowded(places: Counter[int], *, limit: int) -> Iterator[tuple[int, int]]:
+    """The place that is named most often, and how often, if that is more than `limit`."""
+    if places:
+        place = max(places, key=places.__getitem__)
+        if places[place] > limit:
+            yield place, places[place]
 
 
 def _place(entry: int) -> int:
@@ -273,10 +278,9 @@ def _vhd_fan_in(storage: Storage, metadata: VhdMetadata) -> Iterator[Reason]:
     places: Counter[int] = Counter()
     for words in _words(storage, header.table_offset, 4 * metadata.block_count, code="I"):
         places.update(word for word in words if word != _UNUSED_BLOCK)
-    for sector, count in places.most_common(1):
-        if count > 1:
-            text = f"{count} entries of the block allocation table name the sector {sector:#x}"
-            yield Reason(code="fan-in", text=text)
+    for sector, count in _crowded(places, limit=1):
+        text = f"{count} entries of the block allocation table name the sector {sector:#x}"
+        yield Reason(code="fan-in", text=text)
 
 
 def _words(storage: Storage, offset: int, length: int, *, code: str) -> Iterator[array[int]]:

@@ -4,6 +4,7 @@ one; pytest collects the tests from there. Uses nothing but plain assertions and
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from qcowkit.errors import StorageError
@@ -28,12 +29,12 @@ def data_bytes(storage: Storage, *, offset: int, length: int) -> bytes:
     return bytes(found)
 
 
-class StorageSuite:
+class StorageSuite(ABC):
     """Conformance of one kind of storage. Derive, name the class Test*, and override `make`."""
 
+    @abstractmethod
     def make(self, content: bytes) -> Storage:
         """A new writable storage with that content; the derived class sees to its clean-up."""
-        raise NotImplementedError
 
     def test_a_new_storage_holds_its_content(self) -> None:
         storage = self.make(b"abcdef")

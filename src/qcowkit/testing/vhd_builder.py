@@ -59,7 +59,7 @@ class VhdBuilder:
     struct formats (numbers, or bytes). A `checksum` among them is kept as it is. Sizes in bytes.
 
     >>> image = VhdBuilder(size=8192, block_size=4096).block(1, b"x" * 4096).build()
-    >>> image[:8], len(image)
+    >>> bytes(image[:8]), len(image)
     (b'conectix', 7168)
     """
 

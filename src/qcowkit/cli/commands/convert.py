@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import ExitStack
+from dataclasses import replace
 
 from qcowkit.cli import exits
 from qcowkit.cli.common import (
@@ -18,6 +19,7 @@ from qcowkit.cli.common import (
     image_specs,
     size_argument,
     snapshot_name,
+    warn,
 )
 from qcowkit.cli.create_options import options_help, parse_create_options
 from qcowkit.cli.opening import open_spec
@@ -26,6 +28,7 @@ from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_text
 from qcowkit.cli.progress import Progress
 from qcowkit.errors import RequestError
+from qcowkit.image.chain import Chain
 from qcowkit.operations.convert import ConvertOptions, convert
 from qcowkit.units import SECTOR, MiB
 
@@ -167,9 +170,37 @@ def run(args: Namespace) -> int:
         return exits.SUCCESS
     check_flags(args)
     parse_objects(args.objects)
-    options = ConvertOptions(
-        format=args.target_format,
-        create=parse_create_options(args.target_format, args.options),
+    target, options = _options(args)
+    with ExitStack() as stack:
+        sources = [
+            stack.enter_context(open_spec(args, spec, snapshot=args.snapshot))
+            for spec in image_specs(args, args.sources, format=args.format)
+        ]
+        if args.target_size == "current":
+            options = at_current_size(options, sources[0])
+        progress = stack.enter_context(Progress.of(args, "convert"))
+        done = convert(sources, target, options=options, progress=progress)
+    warn(args, map(_salvage_line, done.salvaged))
+    return exits.SUCCESS
+
+
+def _salvage_line(spot: tuple[int, int, str]) -> str:
+    start, length, reason = spot
+    return f"guest offset {start:#x}, {length} bytes: could not be read, zeros now: {reason}"
+
+
+def _options(args: Namespace) -> tuple[str, ConvertOptions]:
+    """The path of the target, and all flags as options of the operation."""
+    target, format = args.target, args.target_format
+    if args.target_image_opts:
+        (spec,) = image_specs(Namespace(image_opts=True), [target], format=None)
+        target, format = spec.path, spec.format or format
+    create = parse_create_options(format, args.options)
+    if "compression_level" in create and not args.compress:
+        raise RequestError("-o compression_level needs -c")
+    return target, ConvertOptions(
+        format=format,
+        create=create,
         compress=args.compress,
         backing=args.backing,
         backing_format=args.backing_format,
@@ -181,14 +212,12 @@ def run(args: Namespace) -> int:
         rate=args.rate,
         threads=args.threads,
     )
-    with ExitStack() as stack:
-        sources = [
-            stack.enter_context(open_spec(args, spec, snapshot=args.snapshot))
-            for spec in image_specs(args, args.sources, format=args.format)
-        ]
-        progress = stack.enter_context(Progress.of(args, "convert"))
-        convert(sources, args.target, options=options, progress=progress)
-    return exits.SUCCESS
+
+
+def at_current_size(options: ConvertOptions, source: Chain) -> ConvertOptions:
+    """Cut or pad a snapshot to the size of the disk as it is now, as qemu-img does."""
+    size = source.layers[0].metadata.virtual_size
+    return replace(options, length=min(size, source.size), size=size)
 
 
 def check_flags(args: Namespace) -> None:
@@ -209,6 +238,7 @@ def check_flags(args: Namespace) -> None:
         (args.target_is_zero and not args.in_place, "--target-is-zero", "-n"),
         (args.target_image_opts and not args.in_place, "--target-image-opts", "-n"),
         (args.backing_format is not None and args.backing is None, "-F", "-B"),
+        (args.backing is not None and args.backing_format is None, "-B", "-F"),
         (args.target_size == "current" and args.snapshot is None, "--target-size", "-l"),
     )
     for wrong, flag, other in needed:

@@ -90,6 +90,8 @@ def run(args: Namespace) -> int:
 def merged_options(args: Namespace) -> dict[str, OptionValue]:
     """The keys of -o with what the operands and -b, -F say. Raises RequestError for two answers."""
     values = parse_create_options(args.format, args.options)
+    if "compression_level" in values:
+        raise RequestError("-o compression_level: an empty image compresses nothing, see convert")
     for key, flag, given in (
         ("size", "SIZE", args.size),
         ("backing_file", "-b", args.backing),

@@ -23,6 +23,12 @@ def decode_refcounts(raw: bytes | bytearray | memoryview, order: int) -> npt.NDA
     return _narrow_bits(raw, order).astype(np.uint64)
 
 
+def view_refcounts(raw: bytes | bytearray | memoryview, order: int) -> npt.NDArray[Any]:
+    """The same counts in the narrowest type, big-endian where they are so on disk: no copy is made
+    for widths of 8 bits and more."""
+    return np.frombuffer(raw, dtype=_WIDE[order]) if order >= 3 else _narrow_bits(raw, order)
+
+
 def count_used(raw: bytes | bytearray | memoryview, order: int) -> int:
     """How many counts are not zero."""
     if order >= 3:

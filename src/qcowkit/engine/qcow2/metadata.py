@@ -283,7 +283,7 @@ def _load_snapshots(
     entries: list[SnapshotEntry] = []
     ids: set[str] = set()
     table, end = header.snapshots_offset, 0
-    limit = min(MAX_SNAPSHOT_TABLE_BYTES, budget.metadata_bytes)
+    geometry, limit = header.geometry, min(MAX_SNAPSHOT_TABLE_BYTES, budget.metadata_bytes)
     for index, (entry, end) in enumerate(_iter_snapshots(storage, header, virtual_size)):
         if end > MAX_SNAPSHOT_TABLE_BYTES:
             reason = f"{end} bytes, expected at most {MAX_SNAPSHOT_TABLE_BYTES}"
@@ -292,7 +292,7 @@ def _load_snapshots(
         if entry.id in ids:
             reason = f"id {ascii(entry.id)} is there twice, expected unique ids"
             raise CorruptMetadata("snapshot table", host_offset=table, index=index, reason=reason)
-        check_snapshot(entry, index=index, geometry=header.geometry, host_offset=table)
+        check_snapshot(entry, index=index, geometry=geometry, host_offset=table)
         ids.add(entry.id)
         entries.append(entry)
     return tuple(entries), end

@@ -49,7 +49,8 @@ class ParentLink:
     """The parent of a new differencing disk, under both of its names.
 
     relative, absolute: POSIX paths to the same file, the first from the child's directory.
-    timestamp: that of the parent's footer, seconds since 2000-01-01 UTC."""
+    timestamp: when the parent's file was last modified, seconds since 2000-01-01 UTC; 0 is not
+    known."""
 
     relative: str
     absolute: str

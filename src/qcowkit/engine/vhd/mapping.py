@@ -22,6 +22,7 @@ from qcowkit.extents.table import (
     Int64Array,
     concatenate,
     make_table,
+    single,
 )
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, ceil_div
@@ -68,8 +69,9 @@ class BlockMap:
         if limit is not None:
             last = min(last, first + max(limit, 1))
         stop = min(start + length, last * block_size)
-        sectors = self.sectors[first:last]
-        partial = self._partial_blocks(first, sectors)
+        if last - first == 1 and (row := self._within_block(first, start=start, stop=stop)):
+            return row
+        partial = self._partial_blocks(first, self.sectors[first:last])
         tables: list[ExtentTable] = []
         done = first
         for block, bits in partial:
@@ -78,6 +80,17 @@ class BlockMap:
             done = block + 1
         tables.append(self._whole_blocks(done, last))
         return clip(coalesce(concatenate([table for table in tables if len(table)])), start, stop)
+
+    def _within_block(self, block: int, *, start: int, stop: int) -> ExtentTable | None:
+        """The scalar twin for small reads: one row, or None where the bitmap decides."""
+        sector = int(self.sectors[block])
+        if sector == UNUSED:
+            return single(start, stop - start, self._absent)
+        host = sector * SECTOR
+        if self.storage.pread(len(self._ones), offset=host) != self._ones:
+            return None
+        host += self.header.bitmap_size + start - block * self.header.block_size
+        return single(start, stop - start, _PRESENT, host=host)
 
     def _partial_blocks(
         self, first: int, sectors: Int64Array
