@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qcowkit.cli.commands.compare import failure_code
 from qcowkit.cli.commands.create import formatting_line
 from qcowkit.cli.commands.dd import DdOperands, parse_operands
 from qcowkit.cli.main import main
-from qcowkit.errors import RequestError
+from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError, StorageError
 from qcowkit.units import KiB, MiB
 
 
@@ -172,3 +173,42 @@ def test_a_failed_convert_leaves_the_target_as_it_was(
     assert main(["convert", str(raw) + ".none", "-O", "qcow2", str(target)]) == 1
     assert "No such file or directory" in capsys.readouterr().err
     assert target.read_bytes() == b"old"
+
+
+def test_compare_tells_same_from_different(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.raw"
+    other.write_bytes(raw.read_bytes()[:-1] + b"x")
+    assert main(["compare", "-f", "raw", "-F", "raw", str(raw), str(raw)]) == 0
+    assert main(["compare", "-q", "-f", "raw", "-F", "raw", str(raw), str(other)]) == 1
+    capsys.readouterr()
+    arguments = ["compare", "--output=json", "-f", "raw", "-F", "raw", str(raw), str(other)]
+    assert main(arguments) == 1
+    assert json.loads(capsys.readouterr().out)["offset"] == MiB - 1
+
+
+def test_compare_ends_with_2_where_an_image_cannot_be_opened(raw: Path) -> None:
+    assert main(["compare", str(raw), f"{raw}.none"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CorruptMetadata("L2 table", reason="x"), 3),
+        (CorruptMetadata("zlib compressed cluster", reason="x"), 4),
+        (StorageError("read", path="a", errno=5), 4),
+    ],
+)
+def test_compare_tells_a_bad_mapping_from_bad_data(error: QcowkitError, code: int) -> None:
+    assert failure_code(error) == code
+
+
+def test_measure_is_exact_for_an_empty_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "-O", "raw", "--size", "1M", "--output=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["required"] == MiB
+
+
+def test_measure_wants_one_source(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "--size", "1M", str(raw)]) == 1
+    assert capsys.readouterr().err == "qcow measure: give either FILE or --size\n"

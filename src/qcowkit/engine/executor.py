@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -72,7 +73,8 @@ class Workers:
     ) -> Iterator[Result]:
         """work(item) for all items, in order, a bounded number ahead of the consumer.
 
-        The first failure is raised where its result would have come. Raises Cancelled."""
+        The first failure is raised where its result would have come. Raises Cancelled. However
+        the iteration ends, no call is running any more; close the iterator to leave it early."""
         waiting: deque[Future[Result]] = deque()
         source = iter(items)
         try:
@@ -85,17 +87,15 @@ class Workers:
                 self.check_cancelled()
                 yield result
         finally:
+            # Whoever leaves early must find no thread at work on what they close next.
             for future in waiting:
                 future.cancel()
+            wait(waiting)
 
     def check_cancelled(self) -> None:
         """Raise Cancelled when the caller withdrew the work."""
         if self._cancel.is_set():
             raise Cancelled("the operation was cancelled")
-
-    def background(self) -> Background:
-        """Work whose results nobody waits for one by one."""
-        return Background(self._pool, most=self._ahead)
 
     def __enter__(self) -> Workers:
         return self
@@ -107,24 +107,40 @@ class Workers:
 _END = object()
 
 
-class Background:
-    """Calls in flight, a bounded number; their failures surface at the next call or at `wait`."""
+class Turnstile:
+    """Lets the holders of tickets 0, 1, 2 ... pass one at a time, in that order.
 
-    def __init__(self, pool: ThreadPoolExecutor, *, most: int) -> None:
-        self._pool = pool
-        self._most = most
-        self._waiting: deque[Future[None]] = deque()
+    What is done inside is serial and deterministic; before and after it, work is parallel."""
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Queue a call; waits for the oldest when too many are in flight."""
-        while len(self._waiting) >= self._most or (self._waiting and self._waiting[0].done()):
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(work))
+    def __init__(self) -> None:
+        self._next = 0
+        self._failed: int | None = None
+        self._changed = threading.Condition()
 
-    def wait(self) -> None:
-        """Until all calls have ended. Raises the first failure."""
-        while self._waiting:
-            self._waiting.popleft().result()
+    @contextlib.contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        """Wait for the turn of `ticket`, and give way at the end.
+
+        Raises Cancelled when an earlier ticket gave up: its turn would never end."""
+        with self._changed:
+            while self._next != ticket:
+                if self._failed is not None and self._failed < ticket:
+                    raise Cancelled("an earlier part of the work failed")
+                self._changed.wait()
+        try:
+            yield
+        except BaseException:
+            self.give_up(ticket)
+            raise
+        with self._changed:
+            self._next = ticket + 1
+            self._changed.notify_all()
+
+    def give_up(self, ticket: int) -> None:
+        """The holder of `ticket` failed at or before its turn; all later ones are turned away."""
+        with self._changed:
+            self._failed = ticket if self._failed is None else min(ticket, self._failed)
+            self._changed.notify_all()
 
 
 class RateLimit:

@@ -25,9 +25,10 @@ class UnitState(IntEnum):
 class Chunk:
     """A guest range that was read. start, length: bytes; start is a multiple of the target's unit.
 
-    states: UnitState of each grain, uint8, shape (ceil(length / grain),). view: the bytes, longer than
-    `length` only by zero padding. blobs: compressed clusters by index, None where the cluster is
-    not compressed; empty when the target does not compress."""
+    states: UnitState of each grain, uint8, shape (ceil(length / grain),). view: the bytes; what
+    follows `length` of them is zero padding up to a cluster when the target compresses, and nothing
+    otherwise. blobs: compressed clusters by index, None where one is not compressed; empty when
+    the target does not compress."""
 
     start: int
     length: int

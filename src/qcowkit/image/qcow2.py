@@ -112,8 +112,6 @@ def _open_mapping(
         entry = metadata.find_snapshot(snapshot)
         offset, count, size = entry.l1_offset, entry.l1_entries, entry.disk_size
     needed = geometry.l1_entries(size)
-    if count < needed:
-        raise RequestError(f"the L1 table has {count} entries, the disk needs {needed}")
     # Entries beyond the disk address the VM state, which no guest read reaches.
     budget.spend("L1 table bytes", value=needed * 8, limit=budget.metadata_bytes)
     rules = EntryRules(
@@ -122,6 +120,9 @@ def _open_mapping(
         external_data=metadata.data_file,
         file_size=file_size,
     )
-    l1 = load_l1(storage, offset=offset, count=needed, geometry=geometry, file_size=file_size)
+    stored = min(count, needed)
+    l1 = load_l1(storage, offset=offset, count=stored, geometry=geometry, file_size=file_size)
+    # A snapshot of before its disk grew, and without a size of its own, has a shorter table.
+    l1 = np.pad(l1, (0, needed - stored))
     tables = L2Tables(storage, geometry=geometry, cache_bytes=budget.table_cache)
     return Mapping(l1=l1, tables=tables, rules=rules, size=size)

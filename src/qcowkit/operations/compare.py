@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,9 +90,12 @@ def compare(
                 at = _allocation_difference(pair.first, pair.second)
                 if at is not None:
                     return verdict(at, f"the allocation differs at offset {at}")
-            for found in workers.map_ordered(work.difference, _read_batches(pair)):
-                if found is not None:
-                    return verdict(found, f"the content differs at offset {found}")
+            with contextlib.closing(
+                workers.map_ordered(work.difference, _read_batches(pair))
+            ) as differences:
+                for found in differences:
+                    if found is not None:
+                        return verdict(found, f"the content differs at offset {found}")
             progress(pair.stop, total)
     progress(total, total)
     return verdict(None, "the disks are identical")

@@ -143,7 +143,7 @@ def _into_new(
             sparse=_sparse_unit(options),
         )
         rules = _rules(disk, options, spec, _host_copy(disk, data or output, options, create))
-        Copier(disk=disk, target=target, rules=rules, workers=workers, progress=progress).run()
+        Copier(disk, target, rules=rules, workers=workers, progress=progress).run()
         target.finish()
         if data is not None:
             data.storage.truncate(made.size)
@@ -175,7 +175,7 @@ def _into_existing(
         )
         share = _copy_to if options.copy_range else None
         rules = _rules(disk, options, None, share)
-        Copier(disk=disk, target=target, rules=rules, workers=workers, progress=progress).run()
+        Copier(disk, target, rules=rules, workers=workers, progress=progress).run()
         target.finish()
         storage.flush()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,14 @@ import numpy.typing as npt
 from qcowkit.codecs.qcow2.compression import Compressor
 from qcowkit.engine.batches import plan_batches, rows_of
 from qcowkit.engine.executor import (
-    Background,
     BufferPool,
     ProgressReport,
     RateLimit,
+    Turnstile,
     Workers,
     ignore_progress,
 )
-from qcowkit.engine.transfer import BulkTarget, Chunk, UnitState, Write
+from qcowkit.engine.transfer import BulkTarget, Chunk, UnitState
 from qcowkit.extents.algebra import clip, units_with
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag
@@ -83,68 +84,85 @@ class DirectRange:
 Work = Batch | ZeroRange | DirectRange
 
 
-@dataclass(slots=True, kw_only=True)
-class Loaded:
-    """What a worker made of an item: the item itself, or a chunk and the buffer to give back."""
-
-    item: Work
-    chunk: Chunk | None = None
-    buffer: npt.NDArray[np.uint8] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
 class Copier:
-    """One bulk copy of `disk` to `target`."""
+    """One bulk copy of `disk` to `target`.
 
-    disk: Disk
-    target: BulkTarget
-    rules: CopyRules
-    workers: Workers
-    progress: ProgressReport = ignore_progress
-    _window: int = field(init=False)
-    _pool: BufferPool = field(init=False)
+    A worker reads an item, waits for its turn to place it, and writes it while it is still in the
+    processor's cache. Placing in turn makes the result independent of the number of workers."""
 
-    def __post_init__(self) -> None:
-        self._window = max(WINDOW, self.target.unit)
+    def __init__(
+        self,
+        disk: Disk,
+        target: BulkTarget,
+        *,
+        rules: CopyRules,
+        workers: Workers,
+        progress: ProgressReport = ignore_progress,
+    ) -> None:
+        self._disk = disk
+        self._target = target
+        self._rules = rules
+        self._workers = workers
+        self._progress = progress
+        self._window = max(WINDOW, target.unit)
         self._pool = BufferPool(self._window)
+        self._turnstile = Turnstile()
 
     def run(self) -> None:
         """Copy all of it. The caller finishes the target. Raises what reading or writing raises."""
-        background = self.workers.background()
-        limit = RateLimit(self.rules.rate)
-        total = self.disk.size
-        for loaded in self.workers.map_ordered(self._load, self._items()):
-            item = loaded.item
-            if isinstance(item, ZeroRange):
-                self.target.place_zeros(item.start, item.stop - item.start)
-            elif isinstance(item, DirectRange):
-                self._start_direct(item, background)
-            else:
-                self._start_writes(loaded, background)
-            if self.rules.rate is not None:
-                limit.spend(item.stop - item.start)
-            self.progress(item.stop, total)
-        background.wait()
-        self.progress(total, total)
+        limit = RateLimit(self._rules.rate)
+        total = self._disk.size
+        work = self._workers.map_ordered(self._handle, enumerate(self._items()))
+        with contextlib.closing(work) as items:
+            for item in items:
+                if self._rules.rate is not None:
+                    limit.spend(item.stop - item.start)
+                self._progress(item.stop, total)
+        self._progress(total, total)
+
+    def _handle(self, numbered: tuple[int, Work]) -> Work:
+        """Read, place in turn, write. Runs in workers."""
+        ticket, item = numbered
+        if isinstance(item, Batch):
+            self._copy_batch(ticket, item)
+        elif isinstance(item, ZeroRange):
+            with self._turnstile.turn(ticket):
+                self._target.place_zeros(item.start, item.stop - item.start)
+        else:
+            self._copy_direct(ticket, item)
+        return item
+
+    def _copy_batch(self, ticket: int, item: Batch) -> None:
+        buffer = self._pool.take()
+        try:
+            chunk = self._load(item, buffer)
+        except BaseException:
+            self._turnstile.give_up(ticket)
+            raise
+        with self._turnstile.turn(ticket):
+            writes = self._target.place(chunk)
+        for write in writes:
+            write.run()
+        self._pool.give(buffer)
 
     # What to do, in ascending order. Runs in the consuming thread.
 
     def _items(self) -> Iterator[Work]:
-        for table in self.disk.iter_extents(align=self._window):
+        for table in self._disk.iter_extents(align=self._window):
             yield from self._plan(table)
 
     def _plan(self, table: ExtentTable) -> Iterator[Work]:
-        begin, end, unit = table.begin, table.end, self.target.unit
+        begin, end, unit = table.begin, table.end, self._target.unit
         shown = self._shown(table)
-        if self.rules.everything:
+        if self._rules.everything:
             copied, zeros = RangeSet.of([begin], [end]), RangeSet.empty()
         else:
             copied = _outward(rows_of(shown, Flag.DATA, without=Flag.ZERO), unit).clip(begin, end)
             zeros = self._zeros(shown)
-        direct = list(self._direct(table)) if self.rules.host_copy else []
+        direct = list(self._direct(table)) if self._rules.host_copy else []
         stops = [run.start + run.length for run in direct]
         taken = RangeSet.of([run.start for run in direct], stops)
-        inner = _inward(zeros, unit, self.disk.size).difference(copied)
+        inner = _inward(zeros, unit, self._disk.size).difference(copied)
         copied = copied.union(_outward(zeros, unit).clip(begin, end).difference(inner))
         copied = copied.difference(taken)
         inner = inner.difference(taken)
@@ -163,7 +181,7 @@ class Copier:
 
     def _shown(self, table: ExtentTable) -> ExtentTable:
         """With `top_only`, the rows of deeper layers as if nothing were there."""
-        if not self.rules.top_only:
+        if not self._rules.top_only:
             return table
         flags = np.where(table.layer == 0, table.flags, 0).astype(np.uint16)
         return ExtentTable(
@@ -177,10 +195,10 @@ class Copier:
 
     def _zeros(self, shown: ExtentTable) -> RangeSet:
         """What must be said to be zero. Without `top_only`, a hole is as zero as a zero cluster."""
-        if not self.target.explicit_zeros:
+        if not self._target.explicit_zeros:
             return RangeSet.empty()
         known = rows_of(shown, Flag.ZERO)
-        if self.rules.top_only:
+        if self._rules.top_only:
             return known
         data = rows_of(shown, Flag.DATA, without=Flag.ZERO)
         return data.complement(shown.begin, shown.end)
@@ -188,12 +206,12 @@ class Copier:
     def _direct(self, table: ExtentTable) -> Iterator[Extent]:
         """Plain runs, cut inward to what target and host can share."""
         plain = (table.flags & (Flag.DATA | Flag.ZERO | Flag.COMPRESSED)) == Flag.DATA
-        if self.rules.top_only:
+        if self._rules.top_only:
             plain &= table.layer == 0
         rows = table.take(plain & (table.length >= MIN_DIRECT))
         for row in rows:
-            source = self.disk.images[row.layer].data_storage
-            block = max(self.target.unit, source.caps.block_size)
+            source = self._disk.images[row.layer].data_storage
+            block = max(self._target.unit, source.caps.block_size)
             start = align_up(row.start, block)
             stop = align_down(row.start + row.length, block)
             host = row.host + start - row.start
@@ -205,39 +223,35 @@ class Copier:
 
     # Reading. Runs in workers.
 
-    def _load(self, item: Work) -> Loaded:
-        if not isinstance(item, Batch):
-            return Loaded(item=item)
+    def _load(self, item: Batch, buffer: npt.NDArray[np.uint8]) -> Chunk:
         table = clip(item.table, item.start, item.stop)
-        buffer = self._pool.take()
         length = item.stop - item.start
         view = buffer.data
         blobs: list[bytes | None] = []
         kept: dict[int, bytes] = {}
-        if self.rules.verbatim:
+        if self._rules.verbatim:
             table, kept = self._keep_compressed(table)
-        self.disk.read_table(table, view[:length])
+        self._disk.read_table(table, view[:length])
         states = self._states(table, buffer[:length], kept)
-        if self.rules.compress is not None:
+        if self._rules.compress is not None:
             blobs = self._compress(buffer, length, states, kept)
-        chunk = Chunk(start=item.start, length=length, states=states, view=view, blobs=tuple(blobs))
-        return Loaded(item=item, chunk=chunk, buffer=buffer)
+        return Chunk(start=item.start, length=length, states=states, view=view, blobs=tuple(blobs))
 
     def _states(
         self, table: ExtentTable, data: npt.NDArray[np.uint8], kept: dict[int, bytes]
     ) -> npt.NDArray[np.uint8]:
-        grain = self.target.grain
+        grain = self._target.grain
         count = ceil_div(len(data), grain)
         states = np.full(count, UnitState.DATA, dtype=np.uint8)
-        if self.rules.everything:
+        if self._rules.everything:
             return states
         states[zero_units(data, grain)] = UnitState.ZERO
-        if self.rules.zero_as_data:
+        if self._rules.zero_as_data:
             states[states == UnitState.ZERO] = UnitState.DATA
-        if self.rules.top_only:
+        if self._rules.top_only:
             touched = units_with(self._shown(table), Flag.DATA | Flag.ZERO, grain)
             states[~touched] = UnitState.ABSENT
-        per_cluster = self.rules.cluster_size // grain if kept else 0
+        per_cluster = self._rules.cluster_size // grain if kept else 0
         for index in kept:
             states[index * per_cluster : (index + 1) * per_cluster] = UnitState.DATA
         return states
@@ -245,7 +259,7 @@ class Copier:
     def _keep_compressed(self, table: ExtentTable) -> tuple[ExtentTable, dict[int, bytes]]:
         """Clusters that travel as they are, by index in the batch; the rest of the table reads
         them as zeros. The bytes may end with up to 511 of a neighbour's, as in the source."""
-        size = self.rules.cluster_size
+        size = self._rules.cluster_size
         begin = table.begin
         whole = ((table.flags & Flag.COMPRESSED) != 0) & (table.length == size)
         whole &= (table.start % size) == 0
@@ -253,9 +267,9 @@ class Copier:
         flags = table.flags.copy()
         for position in np.flatnonzero(whole).tolist():
             row = Extent(*next(table.take(slice(position, position + 1)).rows()))
-            if row.layer not in self.rules.verbatim or (self.rules.top_only and row.layer):
+            if row.layer not in self._rules.verbatim or (self._rules.top_only and row.layer):
                 continue
-            image = self.disk.images[row.layer]
+            image = self._disk.images[row.layer]
             assert isinstance(image, Qcow2Image), "only qcow2 has compressed clusters"
             blob = image.clusters.read_stored(row)
             if len(blob) < size:
@@ -278,12 +292,12 @@ class Copier:
         states: npt.NDArray[np.uint8],
         kept: dict[int, bytes],
     ) -> list[bytes | None]:
-        size, compress = self.rules.cluster_size, self.rules.compress
+        size, compress = self._rules.cluster_size, self._rules.compress
         assert compress is not None, "a compressing copy has a compressor"
         padded = ceil_div(length, size) * size
         buffer[length:padded] = 0
         view = buffer.data
-        per_cluster = size // self.target.grain
+        per_cluster = size // self._target.grain
         blobs: list[bytes | None] = []
         for index in range(padded // size):
             units = states[index * per_cluster : (index + 1) * per_cluster]
@@ -296,34 +310,16 @@ class Copier:
                 blobs.append(blob if len(blob) < size else None)
         return blobs
 
-    # Writing.
+    # Copying by the host.
 
-    def _start_writes(self, loaded: Loaded, background: Background) -> None:
-        assert loaded.chunk is not None, "a batch has a chunk"
-        writes = self.target.place(loaded.chunk)
-        buffer, pool = loaded.buffer, self._pool
-        assert buffer is not None, "a batch has a buffer"
-        if not writes:
-            pool.give(buffer)
-            return
-
-        def run() -> None:
-            _run_all(writes)
-            pool.give(buffer)
-
-        background.submit(run)
-
-    def _start_direct(self, item: DirectRange, background: Background) -> None:
-        source = self.disk.images[item.run.layer].data_storage
-        storage, host = self.target.place_direct(item.start, item.stop - item.start)
-        share = self.rules.host_copy
+    def _copy_direct(self, ticket: int, item: DirectRange) -> None:
+        run, share = item.run, self._rules.host_copy
         assert share is not None, "direct ranges need a way to copy"
-
-        def run() -> None:
-            if not share(source, storage, item.run.host, item.run.length, host):
-                self._copy_plainly(source, storage, item.run, host)
-
-        background.submit(run)
+        source = self._disk.images[run.layer].data_storage
+        with self._turnstile.turn(ticket):
+            storage, host = self._target.place_direct(item.start, item.stop - item.start)
+        if not share(source, storage, run.host, run.length, host):
+            self._copy_plainly(source, storage, run, host)
 
     def _copy_plainly(self, source: Storage, target: Storage, run: Extent, host: int) -> None:
         """The host refused this run: read and write it. What the source file lacks is zero."""
@@ -331,11 +327,6 @@ class Copier:
             length = min(WINDOW, run.length - at)
             raw = source.pread(length, offset=run.host + at)
             target.pwrite([raw.ljust(length, b"\0")], offset=host + at)
-
-
-def _run_all(writes: list[Write]) -> None:
-    for write in writes:
-        write.run()
 
 
 def _outward(ranges: RangeSet, unit: int) -> RangeSet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from qcowkit.budget import TRUSTED
 from qcowkit.cli import exits
 from qcowkit.cli.common import (
     add_access,
@@ -14,7 +13,6 @@ from qcowkit.cli.common import (
     add_progress,
     add_quiet,
     image_specs,
-    make_gate,
     warn,
     write_json,
 )
@@ -22,8 +20,14 @@ from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines
 from qcowkit.cli.progress import Progress
-from qcowkit.image.lineage import close_layers, open_layers
-from qcowkit.operations.check import check_image
+from qcowkit.operations.check import Verdict, check_image, open_for_check
+
+_CODES = {
+    Verdict.CLEAN: exits.SUCCESS,
+    Verdict.FAILED: exits.FAILURE,
+    Verdict.CORRUPT: exits.CHECK_CORRUPT,
+    Verdict.LEAKS: exits.CHECK_LEAKS,
+}
 
 
 def configure(parser: Parser) -> None:
@@ -45,26 +49,20 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Check the image alone: its backing chain is neither opened nor needed."""
+    """Check the image alone: its backing chain and data file are neither opened nor needed."""
     parse_objects(args.objects)
     (spec,) = image_specs(args, [args.file], format=args.format)
-    layers = open_layers(
-        spec.path,
-        format=spec.format,
-        gate=make_gate(args),
-        budget=TRUSTED,
-        follow_backing=False,
-    )
+    layer = open_for_check(spec.path, format=spec.format)
     try:
-        warn(args, layers[0].warnings)
-        if layers[0].metadata.format == "raw":
+        warn(args, layer.warnings)
+        if layer.metadata.format == "raw":
             raise exits.ExitError(exits.CHECK_UNSUPPORTED, "a raw disk has nothing to check")
         with Progress.of(args, "check") as progress:
-            result = check_image(layers[0], progress=progress)
+            result = check_image(layer, progress=progress)
     finally:
-        close_layers(layers)
+        layer.storage.close()
     if args.output == "json":
         write_json(result.as_json())
     elif not args.quiet:
         write_lines(result.render())
-    return result.exit_code
+    return _CODES[result.verdict]

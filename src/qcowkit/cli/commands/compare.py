@@ -19,6 +19,7 @@ from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines
 from qcowkit.cli.progress import Progress
+from qcowkit.errors import CorruptMetadata, QcowkitError
 from qcowkit.operations.compare import compare
 
 
@@ -40,22 +41,32 @@ def configure(parser: Parser) -> None:
     add_progress(parser)
     add_access(parser)
     parser.examples(
-        "qcow compare disk.raw disk.qcow2   exit code 0: same, 1: different, 2: not opened, 4: read"
+        "qcow compare disk.raw disk.qcow2   exit code 0: same, 1: different, 2 to 4: failed"
     )
 
 
 def run(args: Namespace) -> int:
-    """Compare; an image that cannot be opened ends with 2, one that cannot be read with 4."""
+    """Compare; an image that cannot be opened ends with 2."""
     with exits.failing_as(exits.COMPARE_OPEN):
         parse_objects(args.objects)
         first = open_disk(args, args.first, format=args.format)
     with first:
         with exits.failing_as(exits.COMPARE_OPEN):
             second = open_disk(args, args.second, format=args.second_format)
-        with second, exits.failing_as(exits.COMPARE_READ), Progress.of(args, "compare") as progress:
-            result = compare(first, second, strict=args.strict, progress=progress)
+        with second, Progress.of(args, "compare") as progress:
+            try:
+                result = compare(first, second, strict=args.strict, progress=progress)
+            except QcowkitError as error:
+                raise exits.ExitError(failure_code(error), str(error)) from error
     if args.output == "json":
         write_json(result.as_json())
     elif not args.quiet:
         write_lines(result.render())
     return exits.COMPARE_SAME if result.same else exits.COMPARE_DIFFERENT
+
+
+def failure_code(error: QcowkitError) -> int:
+    """3 where the mapping could not be told, 4 where data could not be read or decompressed."""
+    if isinstance(error, CorruptMetadata) and "compressed cluster" not in error.structure:
+        return exits.COMPARE_STATUS
+    return exits.COMPARE_READ

@@ -95,7 +95,7 @@ def decompress(kind: str, data: Bytes, *, size: int) -> bytes:
 def _inflate(data: Bytes, size: int) -> bytes:
     try:
         return isal_zlib.decompressobj(-READ_WINDOW_BITS).decompress(data, size)
-    except zlib.error as error:
+    except isal_zlib.error as error:
         raise BadCluster(f"not a deflate stream: {error}") from error
 
 

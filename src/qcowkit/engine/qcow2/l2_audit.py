@@ -44,15 +44,17 @@ class Links:
 
     where: indices of plain entries; host: their host offsets; copied: their flag; all (n,).
     packed_where, packed_host, packed_length: the same of compressed entries, in bytes. packed:
-    how many compressed entries there are, with those whose data cannot be there."""
+    how many compressed entries there are, with those whose data cannot be there. beyond: host
+    offsets of plain clusters behind the end of the file, which are in none of the others."""
 
     where: Int64Array
     host: Int64Array
     copied: BoolArray
-    packed_where: Int64Array = _NONE
-    packed_host: Int64Array = _NONE
-    packed_length: Int64Array = _NONE
-    packed: int = 0
+    packed_where: Int64Array
+    packed_host: Int64Array
+    packed_length: Int64Array
+    packed: int
+    beyond: Int64Array
 
 
 def find_links(
@@ -81,7 +83,7 @@ def find_links(
     if bits & (L2_RESERVED | READS_ZERO):
         _check_flags(where, words, bitmaps, rules, report)
     host = words & np.int64(OFFSET_MASK)
-    good = _sound_hosts(where, words, host, bits, rules, starts, report)
+    good, beyond = _sound_hosts(where, words, host, bits, rules, starts, report)
     if good is not None:
         where, words, host = where[good], words[good], host[good]
     return Links(
@@ -92,6 +94,7 @@ def find_links(
         packed_host=packed[1],
         packed_length=packed[2],
         packed=packed[3],
+        beyond=beyond,
     )
 
 
@@ -126,15 +129,16 @@ def _sound_hosts(
     rules: EntryRules,
     starts: Int64Array | None,
     report: Reporter,
-) -> BoolArray | None:
-    """Which plain entries refer to a cluster that can be there; None for all of them."""
+) -> tuple[BoolArray | None, Int64Array]:
+    """Which plain entries refer to a cluster that can be there, None for all of them; and the host
+    offsets of those behind the end of the file."""
     if not len(host):
-        return None
+        return None, _NONE
     size = rules.geometry.cluster_size
     end = MAX_HOST_OFFSET if rules.external_data else rules.file_size
     unaligned = bits & OFFSET_MASK & (size - 1)
     if int(host.min()) > 0 and not unaligned and int(host.max()) < end and starts is None:
-        return None
+        return None, _NONE
     good = host != 0
     if rules.external_data:
         # Offset 0 is a cluster there when COPIED is set.
@@ -154,7 +158,7 @@ def _sound_hosts(
         if moved.any():
             text = "data cluster offset {:#x} of an external data file differs from the guest's"
             report(where[moved], host[moved], text)
-    return good
+    return good, host[outside]
 
 
 def _check_bitmaps(

@@ -68,8 +68,8 @@ def plan_layout(geometry: Geometry, *, size: int, l2_tables: int, data_clusters:
     if table * geometry.cluster_size > max(MAX_REFCOUNT_TABLE_BYTES, geometry.cluster_size):
         raise RequestError(
             f"an image of {fixed} clusters needs a refcount table of "
-            f"{table * geometry.cluster_size} bytes, at most {MAX_REFCOUNT_TABLE_BYTES} are allowed: "
-            "choose larger clusters"
+            f"{table * geometry.cluster_size} bytes, at most {MAX_REFCOUNT_TABLE_BYTES} are "
+            "allowed: choose larger clusters"
         )
     return Layout(
         geometry=geometry,

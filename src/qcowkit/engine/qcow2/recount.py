@@ -13,28 +13,32 @@ import numpy.typing as npt
 
 from qcowkit.codecs.qcow2.entries import EntryRules, split_words
 from qcowkit.codecs.qcow2.refcount_block import view_refcounts
-from qcowkit.engine.findings import Effort, Finding, FindingLog, Severity
-from qcowkit.engine.qcow2.l2_audit import Links, Reporter, find_links, ignore_faults
+from qcowkit.engine.findings import Effort, FindingLog
+from qcowkit.engine.qcow2.counters import SATURATED, WINDOW, Window
+from qcowkit.engine.qcow2.l2_audit import Links, find_links, ignore_faults
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.references import Survey, TableSet, survey
+from qcowkit.engine.qcow2.verdicts import (
+    check_l1_flags,
+    check_shared,
+    compare_counts,
+    entry_reporter,
+    report_copied,
+)
 from qcowkit.errors import StorageError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
-# Clusters counted at once: 64 MiB of counters. A multiple of what any refcount block counts.
-WINDOW = 1 << 24
-_SATURATED = 0xFFFF_FFFF
-# L2 words decoded at once: they should stay in the cache of a processor.
+# Read and decoded at once: it should stay in the cache of a processor.
 _BATCH_BYTES = MiB
-
-CountArray = npt.NDArray[np.uint32]
+_MAX_CUT = 1 << 20
 
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
-    """Of the active disk, in clusters, as qemu counts them; image_end: bytes, one past the last
-    cluster in use.
+    """Of the active disk, in clusters, as qemu counts them. image_end: bytes of the file up to the
+    last cluster in use.
 
     fragmented: the host cluster is not the one behind that of the entry before; compressed ones
     always are."""
@@ -47,68 +51,21 @@ class Statistics:
 
 
 def recount(
-    storage: Storage, metadata: Qcow2Metadata, *, log: FindingLog, effort: Effort
+    storage: Storage,
+    metadata: Qcow2Metadata,
+    *,
+    log: FindingLog,
+    effort: Effort,
+    window_clusters: int = WINDOW,
 ) -> Statistics:
     """Compare stored with computed refcounts and judge every entry on the way.
 
-    What is wrong goes into `log`. Counts above 2**32 - 1 are taken as that. Raises StorageError,
+    What is wrong goes into `log`. Counts above 2**32 - 1 are taken as that. window_clusters: a
+    power of two that is a multiple of what a refcount block counts. Raises StorageError,
     OperationError where the image is too complex, and Cancelled."""
+    assert window_clusters % metadata.geometry.refcounts_per_block == 0
     found = survey(storage, metadata, log=log, effort=effort)
-    return _Recount(storage, metadata, found, log, effort).run()
-
-
-class _Window:
-    """Counters of host clusters [base, base + size), and what the file says of them."""
-
-    def __init__(self, base: int, size: int, stored: npt.NDArray[Any]) -> None:
-        self.base = base
-        self.size = size
-        self.stored = stored
-        self.computed: CountArray = np.zeros(size, dtype=np.uint32)
-        self.packed: CountArray | None = None
-        self._added = 0
-
-    def inside(self, clusters: Int64Array) -> npt.NDArray[np.bool_] | None:
-        """Which clusters lie in the window; None for all."""
-        if not len(clusters):
-            return None
-        if int(clusters.min()) >= self.base and int(clusters.max()) < self.base + self.size:
-            return None
-        return (clusters >= self.base) & (clusters < self.base + self.size)
-
-    def add(
-        self, clusters: Int64Array, weights: Int64Array | None, *, packed: bool = False
-    ) -> None:
-        """Count references to clusters, all in the window; each `weights` times, or once."""
-        self._added += len(clusters) if weights is None else int(weights.sum())
-        index = clusters - self.base if self.base else clusters
-        _accumulate(self.computed, index, weights, exact=self._added <= _SATURATED)
-        if packed:
-            if self.packed is None:
-                self.packed = np.zeros(self.size, dtype=np.uint32)
-            _accumulate(self.packed, index, weights, exact=self._added <= _SATURATED)
-
-    def stored_of(self, clusters: Int64Array) -> npt.NDArray[Any]:
-        """Stored refcounts of clusters in the window."""
-        return self.stored.take(clusters - self.base if self.base else clusters)
-
-    def computed_of(self, clusters: Int64Array) -> npt.NDArray[Any]:
-        """Computed refcounts of clusters in the window, int64."""
-        return self.computed.take(clusters - self.base).astype(np.int64)
-
-
-def _accumulate(
-    counts: CountArray, index: Int64Array, weights: Int64Array | None, *, exact: bool
-) -> None:
-    """Add to counters; where they could overflow they stop at the largest value."""
-    if exact:
-        # The type matters: a Python int would take the path that is forty times slower.
-        np.add.at(counts, index, np.uint32(1) if weights is None else weights.astype(np.uint32))
-        return
-    places, inverse = np.unique(index, return_inverse=True)
-    sums = counts[places].astype(np.int64)
-    np.add.at(sums, inverse, np.int64(1) if weights is None else weights)
-    counts[places] = np.minimum(sums, _SATURATED)
+    return _Recount(storage, metadata, found, log, effort, window_clusters).run()
 
 
 class _Recount:
@@ -119,6 +76,7 @@ class _Recount:
         found: Survey,
         log: FindingLog,
         effort: Effort,
+        window_clusters: int,
     ) -> None:
         self.storage = storage
         self.metadata = metadata
@@ -126,6 +84,7 @@ class _Recount:
         self.found = found
         self.log = log
         self.effort = effort
+        self.step = window_clusters
         self.bits = self.geometry.cluster_bits
         self.rules = EntryRules(
             geometry=self.geometry,
@@ -139,61 +98,79 @@ class _Recount:
         counted = (int(blocks[-1]) + 1) * per_block if len(blocks) else 0
         # Refcounts behind the end of the file are looked at too.
         self.end = max(self.file_clusters, counted)
-        self.windows = set((blocks * per_block // WINDOW).tolist()) | {0}
+        self.windows = set((blocks * per_block // self.step).tolist()) | {0}
         # The lowest and highest cluster that each L2 table refers to.
         self.reach = np.full((2, len(found.tables.offset)), -1, dtype=np.int64)
+        self.cut: list[Int64Array] = []
+        self.done = 0
         self.statistics = Statistics(total=self.geometry.clusters(metadata.virtual_size))
 
     def run(self) -> Statistics:
         """Window by window; the first one discovers which others there are."""
         claims, tables = self.found.claims, self.found.tables
-        for places in (claims.first, claims.first + claims.count - 1, tables.offset >> self.bits):
-            self._discover(places)
+        for clusters, _ in claims.clusters(self.step, self.end):
+            self._discover(clusters)
+        self._discover(tables.offset >> self.bits)
         done: set[int] = set()
-        while waiting := sorted(self.windows - done):
-            self._run_window(waiting[0] * WINDOW, first=not done)
-            done.add(waiting[0])
-        self.effort.report(self._total, self._total)
+        while waiting := self.windows - done:
+            number = min(waiting)
+            self._run_window(number * self.step, first=not done)
+            done.add(number)
+        self._report_progress(len(tables.offset) - self.done)
         return self.statistics
 
-    @property
-    def _total(self) -> int:
-        return len(self.found.tables.offset) << self.bits
+    def _report_progress(self, tables: int) -> None:
+        self.done += tables
+        self.effort.report(self.done << self.bits, len(self.found.tables.offset) << self.bits)
 
     def _discover(self, clusters: Int64Array) -> None:
-        if len(clusters) and int(clusters.max()) >= WINDOW:
-            self.windows.update(np.unique(clusters // WINDOW).tolist())
+        if len(clusters) and int(clusters.max()) >= self.step:
+            self.windows.update(np.unique(clusters // self.step).tolist())
 
     def _run_window(self, base: int, *, first: bool) -> None:
-        size = min(WINDOW, self.end - base)
+        size = min(self.step, self.end - base)
         if size <= 0:
             return
         self.effort.spend(size)
-        window = _Window(base, size, self._load_stored(base, size))
+        window = Window(base, size, self._load_stored(base, size))
         for clusters, _ in self.found.claims.clusters(base, base + size):
             window.add(clusters, None)
         self._count_tables(window, first=first)
-        self._compare(window)
-        self._check_claims(window)
+        place = self.metadata.header.l1_table_offset
+        check_l1_flags(self.log, window, self.found.links, bits=self.bits, host_offset=place)
+        check_shared(self.log, window, self.found.claims, self.found.tables, bits=self.bits)
+        cut = np.concatenate(self.cut) if self.cut else np.zeros(0, dtype=np.int64)
+        compare_counts(self.log, window, bits=self.bits, file_clusters=self.file_clusters, cut=cut)
+        end = (window.last_used(self.file_clusters) + 1) << self.bits
+        self.statistics.image_end = max(self.statistics.image_end, end)
 
-    # Stored counts
+    # What the file says
 
     def _load_stored(self, base: int, size: int) -> npt.NDArray[Any]:
         """Refcounts of [base, base + size) in a narrow type; wide ones stop at the largest."""
         order, per_block = self.geometry.refcount_order, self.geometry.refcounts_per_block
-        dtype = np.uint8 if order <= 3 else np.uint16 if order == 4 else np.uint32
-        stored = np.zeros(size, dtype=dtype)
+        stored = np.zeros(size, dtype=(np.uint8, np.uint16, np.uint32)[max(0, min(order, 5) - 3)])
         first = base // per_block
         blocks = self.found.blocks[first : first + ceil_div(size, per_block)]
         used = np.flatnonzero(blocks)
         for begin, count in _runs(blocks[used], self.geometry.cluster_size, used):
-            index = int(used[begin])
-            raw = self._read(int(blocks[index]), count << self.bits, "refcount block")
-            counts = view_refcounts(raw.data, order)[: size - index * per_block]
+            place = int(used[begin]) * per_block
+            raw = self._read(int(blocks[used[begin]]), count << self.bits, "refcount block")
+            counts = view_refcounts(raw.data, order)[: size - place]
             if order == 6:
-                counts = np.minimum(counts, _SATURATED)
-            stored[index * per_block : index * per_block + len(counts)] = counts
+                counts = np.minimum(counts, SATURATED)
+            stored[place : place + len(counts)] = counts
         return stored
+
+    def _load_tables(self, offsets: Int64Array) -> npt.NDArray[np.uint64]:
+        """Words of whole L2 tables, one behind the other, native."""
+        size = self.geometry.cluster_size
+        parts = [
+            self._read(int(offsets[begin]), count * size, "L2 table")
+            for begin, count in _runs(offsets, size)
+        ]
+        raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return raw.view(">u8").astype(np.uint64)
 
     def _read(self, offset: int, length: int, structure: str) -> npt.NDArray[np.uint8]:
         """Bytes of tables; what is behind the end of the file, or cannot be read, is zeros."""
@@ -209,70 +186,68 @@ class _Recount:
 
     # References
 
-    def _count_tables(self, window: _Window, *, first: bool) -> None:
-        """The L2 tables themselves, and what they refer to. Active ones first."""
-        tables, bits = self.found.tables, self.bits
-        own = tables.offset >> bits
-        mask = window.inside(own)
-        whole = mask is None
-        window.add(
-            own if whole else own[mask], tables.weight if whole else tables.weight[mask]
-        )
-        self._check_l1_flags(window)
-        if not first:
-            low, high = self.reach
-            wanted = (high >= window.base) & (low < window.base + window.size)
-        else:
-            wanted = np.ones(len(own), dtype=bool)
+    def _count_tables(self, window: Window, *, first: bool) -> None:
+        """The L2 tables themselves, and what they refer to: the active ones, then the others."""
+        tables = self.found.tables
+        self._add(window, tables.offset >> self.bits, tables.weight)
+        low, high = self.reach
+        wanted = (high >= window.base) & (low < window.base + window.size)
+        if first:
+            wanted[:] = True
         active = tables.guest >= 0
-        per_batch = max(1, _BATCH_BYTES >> bits)
+        per_batch = max(1, _BATCH_BYTES >> self.bits)
         for chosen in (np.flatnonzero(wanted & active), np.flatnonzero(wanted & ~active)):
             for begin in range(0, len(chosen), per_batch):
-                self._count_batch(window, chosen[begin : begin + per_batch], first=first)
+                batch = chosen[begin : begin + per_batch]
+                self._count_batch(window, batch, first=first)
+                if first:
+                    self._report_progress(len(batch))
 
-    def _count_batch(
-        self, window: _Window, chosen: npt.NDArray[np.intp], *, first: bool
-    ) -> None:
-        tables = self.found.tables.take(chosen)
-        active = bool(tables.guest[0] >= 0)
-        words = self._load_tables(tables.offset)
-        entries, bitmaps = split_words(words, geometry=self.geometry)
+    def _count_batch(self, window: Window, chosen: npt.NDArray[np.intp], *, first: bool) -> None:
+        """Tables by their index; all of them active, or none."""
+        tables, per_table = self.found.tables.take(chosen), self.geometry.l2_entries
+        active, external = bool(tables.guest[0] >= 0), self.rules.external_data
+        entries, bitmaps = split_words(self._load_tables(tables.offset), geometry=self.geometry)
         links = find_links(
             entries,
             bitmaps,
             rules=self.rules,
-            starts=self._starts(tables) if self.rules.external_data and active else None,
-            report=self._reporter(tables) if first else ignore_faults,
+            starts=self._starts(tables) if external and active else None,
+            report=entry_reporter(self.log, tables, per_table=per_table)
+            if first
+            else ignore_faults,
         )
         if first and active:
             self._take_statistics(links, len(chosen))
-        if self.rules.external_data:
+        if external:
             # Its clusters are counted nowhere; COPIED means only that they are there.
-            if first:
-                self._report_copied(tables, links, np.flatnonzero(~links.copied), None)
+            missing = np.flatnonzero(~links.copied)
+            if first and active:
+                report_copied(self.log, tables, links, missing, None, per_table=per_table)
             return
         plain, packed = links.host >> self.bits, _touched(links, self.bits)
         if first:
-            self._note_reach(chosen, links.where, plain)
-            for clusters, where in packed:
-                self._note_reach(chosen, where, clusters)
+            self._note_reach(chosen, links, plain, packed)
         weights = tables.weight if int(tables.weight.max()) > 1 else None
-        self._count_plain(window, tables, links, plain, weights)
-        for clusters, where in packed:
-            self._count(window, clusters, where, weights, packed=True)
-        self.effort.report(int(chosen[-1]) << self.bits, self._total)
+        for clusters, where in ((plain, links.where), *packed):
+            chosen_weights = None if weights is None else weights[where // per_table]
+            self._add(window, clusters, chosen_weights, packed=clusters is not plain)
+        if active:
+            self._check_copied(window, tables, links, plain)
 
-    def _count_plain(
-        self,
-        window: _Window,
-        tables: TableSet,
-        links: Links,
-        plain: Int64Array,
-        weights: Int64Array | None,
+    @staticmethod
+    def _add(
+        window: Window, clusters: Int64Array, weights: Int64Array | None, *, packed: bool = False
     ) -> None:
-        self._count(window, plain, links.where, weights, packed=False)
-        if int(tables.guest[0]) < 0:
-            return
+        mask = window.inside(clusters)
+        if mask is not None:
+            clusters = clusters[mask]
+            weights = None if weights is None else weights[mask]
+        window.add(clusters, weights, packed=packed)
+
+    def _check_copied(
+        self, window: Window, tables: TableSet, links: Links, plain: Int64Array
+    ) -> None:
         mask = window.inside(plain)
         index = None if mask is None else np.flatnonzero(mask)
         stored = window.stored_of(plain if index is None else plain[index])
@@ -280,32 +255,9 @@ class _Recount:
         wrong = np.flatnonzero((stored == 1) != copied)
         if len(wrong):
             counts = stored[wrong]
-            self._report_copied(tables, links, wrong if index is None else index[wrong], counts)
-
-    def _count(
-        self,
-        window: _Window,
-        clusters: Int64Array,
-        where: Int64Array,
-        weights: Int64Array | None,
-        *,
-        packed: bool,
-    ) -> None:
-        mask = window.inside(clusters)
-        if mask is not None:
-            clusters, where = clusters[mask], where[mask]
-        chosen = None if weights is None else weights[where // self.geometry.l2_entries]
-        window.add(clusters, chosen, packed=packed)
-
-    def _load_tables(self, offsets: Int64Array) -> npt.NDArray[np.uint64]:
-        """Words of whole tables, one behind the other, native."""
-        size = self.geometry.cluster_size
-        parts = [
-            self._read(int(offsets[begin]), count * size, "L2 table")
-            for begin, count in _runs(offsets, size)
-        ]
-        raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return raw.view(">u8").astype(np.uint64)
+            wrong = wrong if index is None else index[wrong]
+            per_table = self.geometry.l2_entries
+            report_copied(self.log, tables, links, wrong, counts, per_table=per_table)
 
     def _starts(self, tables: TableSet) -> Int64Array:
         """Guest offsets of all entries of active tables."""
@@ -313,176 +265,37 @@ class _Recount:
         return (tables.guest[:, None] * self.geometry.l2_coverage + entries).ravel()
 
     def _note_reach(
-        self, chosen: npt.NDArray[np.intp], where: Int64Array, clusters: Int64Array
+        self,
+        chosen: npt.NDArray[np.intp],
+        links: Links,
+        plain: Int64Array,
+        packed: list[tuple[Int64Array, Int64Array]],
     ) -> None:
-        """Which windows tables refer to; nothing to note while one window holds the file."""
-        if self.end <= WINDOW or not len(clusters):
+        """Which windows tables refer to, unless there is only one; and what is cut off."""
+        if len(links.beyond) and sum(map(len, self.cut)) < _MAX_CUT:
+            self.cut.append(links.beyond >> self.bits)
+        if self.end <= self.step:
             return
-        self._discover(clusters)
-        owner = chosen[where // self.geometry.l2_entries]
         low, high = self.reach
-        np.maximum.at(high, owner, clusters)
-        low[owner] = np.where(low[owner] < 0, clusters.max(), low[owner])
-        np.minimum.at(low, owner, clusters)
+        for clusters, where in ((plain, links.where), *packed):
+            if len(clusters):
+                self._discover(clusters)
+                owner = chosen[where // self.geometry.l2_entries]
+                np.maximum.at(high, owner, clusters)
+                low[owner] = np.where(low[owner] < 0, clusters.max(), low[owner])
+                np.minimum.at(low, owner, clusters)
 
     def _take_statistics(self, links: Links, tables: int) -> None:
         """Neighbours are compared within one table only, as qemu does."""
         apart = links.host[1:] != links.host[:-1] + self.geometry.cluster_size
         starts = np.arange(1, tables, dtype=np.int64) * self.geometry.l2_entries
-        edges = np.unique(np.searchsorted(links.where, starts))
-        edges = edges[(edges > 0) & (edges < len(links.where))]
+        edges = np.searchsorted(links.where, starts)
+        edges = edges[(edges > 0) & (edges < len(links.where)) & (np.diff(edges, prepend=0) > 0)]
         fragmented = int(np.count_nonzero(apart)) - int(np.count_nonzero(apart[edges - 1]))
         statistics = self.statistics
         statistics.allocated += len(links.host) + links.packed
         statistics.compressed += links.packed
         statistics.fragmented += fragmented + links.packed
-
-    # Verdicts
-
-    def _reporter(self, tables: TableSet) -> Reporter:
-        per_table = self.geometry.l2_entries
-
-        def report(where: Int64Array, values: Int64Array, text: str) -> None:
-            def make(number: int) -> Finding:
-                table, index = divmod(int(where[number]), per_table)
-                return Finding(
-                    severity=Severity.CORRUPTION,
-                    structure="L2 table",
-                    host_offset=int(tables.offset[table]),
-                    index=index,
-                    reason=text.format(int(values[number]) & (1 << 64) - 1),
-                )
-
-            self.log.add_many(Severity.CORRUPTION, len(where), make)
-
-        return report
-
-    def _report_copied(
-        self,
-        tables: TableSet,
-        links: Links,
-        wrong: npt.NDArray[np.intp],
-        counts: npt.NDArray[Any] | None,
-    ) -> None:
-        """`wrong`: indices into the links; `counts`: their refcounts, None with a data file."""
-        per_table = self.geometry.l2_entries
-
-        def make(number: int) -> Finding:
-            link = int(wrong[number])
-            table, index = divmod(int(links.where[link]), per_table)
-            return Finding(
-                severity=Severity.CORRUPTION,
-                structure="L2 table",
-                host_offset=int(tables.offset[table]),
-                index=index,
-                reason=_copied_reason(
-                    f"the data cluster at {int(links.host[link]):#x}",
-                    copied=bool(links.copied[link]),
-                    count=None if counts is None else int(counts[number]),
-                ),
-            )
-
-        self.log.add_many(Severity.CORRUPTION, len(wrong), make)
-
-    def _check_l1_flags(self, window: _Window) -> None:
-        links = self.found.links
-        clusters = links.offset >> self.bits
-        mask = window.inside(clusters)
-        index = np.arange(len(clusters)) if mask is None else np.flatnonzero(mask)
-        stored = window.stored_of(clusters[index])
-        wrong = np.flatnonzero((stored == 1) != links.copied[index])
-
-        def make(number: int) -> Finding:
-            link = int(index[wrong[number]])
-            return Finding(
-                severity=Severity.CORRUPTION,
-                structure="L1 table",
-                host_offset=self.metadata.header.l1_table_offset,
-                index=int(links.index[link]),
-                reason=_copied_reason(
-                    f"the L2 table at {int(links.offset[link]):#x}",
-                    copied=bool(links.copied[link]),
-                    count=int(stored[wrong[number]]),
-                ),
-            )
-
-        self.log.add_many(Severity.CORRUPTION, len(wrong), make)
-
-    def _compare(self, window: _Window) -> None:
-        """Stored against computed counts; and where the last cluster in use ends."""
-        stored, computed = window.stored, window.computed
-        wrong = np.flatnonzero(stored != computed)
-        if len(wrong):
-            more = stored[wrong] > computed[wrong]
-            self._report_counts(window, wrong[more], Severity.LEAK)
-            self._report_counts(window, wrong[~more], Severity.CORRUPTION)
-        last = _last_used(stored, computed)
-        if last >= 0:
-            end = (window.base + last + 1) << self.bits
-            self.statistics.image_end = max(self.statistics.image_end, end)
-
-    def _report_counts(
-        self, window: _Window, index: npt.NDArray[np.intp], severity: Severity
-    ) -> None:
-        def make(number: int) -> Finding:
-            place = int(index[number])
-            cluster = window.base + place
-            beyond = ", beyond the end of the file" if cluster >= self.file_clusters else ""
-            return Finding(
-                severity=severity,
-                structure="cluster",
-                host_offset=cluster << self.bits,
-                reason=f"refcount is {int(window.stored[place])}, expected "
-                f"{int(window.computed[place])} by its references{beyond}",
-            )
-
-        self.log.add_many(severity, len(index), make)
-
-    def _check_claims(self, window: _Window) -> None:
-        """Clusters that two structures have for themselves, whatever their refcount says."""
-        claims, tables = self.found.claims, self.found.tables
-        for clusters, owner in claims.clusters(window.base, window.base + window.size):
-            computed = window.computed_of(clusters)
-            shared = np.flatnonzero(computed > 1)
-            names = [claims.names[one] for one in owner[shared][:_MAX_NAMES].tolist()]
-            self._report_shared(clusters[shared], computed[shared] - 1, names)
-        own = tables.offset >> self.bits
-        mask = window.inside(own)
-        weight = tables.weight
-        if mask is not None:
-            own, weight = own[mask], weight[mask]
-        more = window.computed_of(own) - np.minimum(weight, _SATURATED)
-        shared = np.flatnonzero(more > 0)
-        self._report_shared(own[shared], more[shared], ["L2 table"] * min(len(shared), _MAX_NAMES))
-        if window.packed is not None:
-            mixed = np.flatnonzero((window.packed > 0) & (window.packed != window.computed))
-            extra = window.computed[mixed].astype(np.int64) - window.packed[mixed]
-            names = ["compressed data"] * min(len(mixed), _MAX_NAMES)
-            self._report_shared(mixed + window.base, extra, names)
-
-    def _report_shared(self, clusters: Int64Array, extra: Int64Array, names: list[str]) -> None:
-        def make(number: int) -> Finding:
-            count = int(extra[number])
-            others = "1 other reference uses" if count == 1 else f"{count} other references use"
-            return Finding(
-                severity=Severity.CORRUPTION,
-                structure=names[number],
-                host_offset=int(clusters[number]) << self.bits,
-                reason=f"{others} the same cluster",
-            )
-
-        self.log.add_many(Severity.CORRUPTION, len(clusters), make)
-
-
-_MAX_NAMES = 1000
-
-
-def _copied_reason(what: str, *, copied: bool, count: int | None) -> str:
-    state = "set" if copied else "clear"
-    if count is None:
-        return f"COPIED is {state} for {what} of an external data file, expected set"
-    expected = "set" if count == 1 else "clear"
-    return f"COPIED is {state} for {what} with refcount {count}, expected {expected}"
 
 
 def _touched(links: Links, bits: int) -> list[tuple[Int64Array, Int64Array]]:
@@ -517,13 +330,3 @@ def _runs(
         for begin, end in zip(edges[:-1], edges[1:], strict=True)
         for index in range(begin, end, most)
     ]
-
-
-def _last_used(stored: npt.NDArray[Any], computed: CountArray) -> int:
-    """The highest index with a count in either, -1 for none."""
-    for end in range(len(stored), 0, -MiB):
-        begin = max(0, end - MiB)
-        used = np.flatnonzero((stored[begin:end] != 0) | (computed[begin:end] != 0))
-        if len(used):
-            return begin + int(used[-1])
-    return -1

@@ -69,9 +69,7 @@ class Survey:
     blocks: Int64Array
 
 
-def survey(
-    storage: Storage, metadata: Qcow2Metadata, *, log: FindingLog, effort: Effort
-) -> Survey:
+def survey(storage: Storage, metadata: Qcow2Metadata, *, log: FindingLog, effort: Effort) -> Survey:
     """Walk all structures but the L2 tables. Raises StorageError only for the refcount table,
     OperationError and Cancelled from `effort`."""
     return _Surveyor(storage, metadata, log, effort).run()
@@ -172,10 +170,11 @@ class _Surveyor:
         values = np.concatenate([unique, *more])
         weights = np.ones(len(values), dtype=np.int64)
         weights[: len(weight)] = weight
-        merged, inverse = np.unique(values, return_inverse=True)
-        total = np.zeros(len(merged), dtype=np.int64)
-        np.add.at(total, inverse, weights)
-        return merged, total
+        # Not numpy.unique: its first call loads modules for longer than most checks take.
+        order = np.argsort(values, kind="stable")
+        values, weights = values[order], weights[order]
+        first = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+        return values[first], np.add.reduceat(weights, first)
 
     def _snapshot_trees(self) -> Iterator[Int64Array]:
         for entry in self.metadata.snapshots:
@@ -198,20 +197,34 @@ class _Surveyor:
         bits = int(np.bitwise_or.reduce(used))
         if bits & L1_RESERVED:
             mask = (used & np.int64(L1_RESERVED)) != 0
-            self._fault(name, host_offset, index[mask], used[mask] & np.int64(L1_RESERVED),
-                        "reserved bits {:#x} are set, expected 0")
+            self._fault(
+                name,
+                host_offset,
+                index[mask],
+                used[mask] & np.int64(L1_RESERVED),
+                "reserved bits {:#x} are set, expected 0",
+            )
         good = offsets != 0
         unaligned = (offsets & np.int64(self.cluster_size - 1)) != 0
         if unaligned.any():
-            self._fault(name, host_offset, index[unaligned], offsets[unaligned],
-                        "L2 table offset {:#x} is not a multiple of the cluster size "
-                        f"{self.cluster_size:#x}")
+            self._fault(
+                name,
+                host_offset,
+                index[unaligned],
+                offsets[unaligned],
+                "L2 table offset {:#x} is not a multiple of the cluster size "
+                f"{self.cluster_size:#x}",
+            )
             good &= ~unaligned
         outside = good & (offsets >= self.file_size)
         if outside.any():
-            self._fault(name, host_offset, index[outside], offsets[outside],
-                        "L2 table offset {:#x} is beyond the end of the file at "
-                        f"{self.file_size:#x}")
+            self._fault(
+                name,
+                host_offset,
+                index[outside],
+                offsets[outside],
+                f"L2 table offset {{:#x}} is beyond the end of the file at {self.file_size:#x}",
+            )
             good &= ~outside
         return index[good]
 
@@ -286,18 +299,28 @@ class _Surveyor:
         blocks = np.zeros(len(words), dtype=np.int64)
         reserved = (used & np.uint64(RESERVED_TABLE_BITS)).view(np.int64)
         mask = reserved != 0
-        self._fault(name, place, index[mask], reserved[mask],
-                    "reserved bits {:#x} are set, expected 0")
+        self._fault(
+            name, place, index[mask], reserved[mask], "reserved bits {:#x} are set, expected 0"
+        )
         # A negative offset is one of 2**63 or more.
         offsets = (used & np.uint64(BLOCK_OFFSET_MASK)).view(np.int64)
         unaligned = (offsets & np.int64(self.cluster_size - 1)) != 0
-        self._fault(name, place, index[unaligned], offsets[unaligned],
-                    "refcount block offset {:#x} is not a multiple of the cluster size "
-                    f"{self.cluster_size:#x}")
+        self._fault(
+            name,
+            place,
+            index[unaligned],
+            offsets[unaligned],
+            "refcount block offset {:#x} is not a multiple of the cluster size "
+            f"{self.cluster_size:#x}",
+        )
         outside = ~unaligned & ((offsets < 0) | (offsets >= self.file_size))
-        self._fault(name, place, index[outside], offsets[outside],
-                    "refcount block offset {:#x} is beyond the end of the file at "
-                    f"{self.file_size:#x}")
+        self._fault(
+            name,
+            place,
+            index[outside],
+            offsets[outside],
+            f"refcount block offset {{:#x}} is beyond the end of the file at {self.file_size:#x}",
+        )
         good = ~unaligned & ~outside & (offsets != 0)
         blocks[index[good]] = offsets[good]
         self.claims.add_clusters("refcount block", offsets[good])
