@@ -41,7 +41,7 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format $(SOURCES)
 
 bench: setup ## paired runs against qemu-img; writes the table of README
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench.run $(ARGS)
 
 soak: setup ## the long suites
 	$(BIN)/python -m pytest -n auto -m soak --timeout 7200 $(ARGS)

@@ -59,7 +59,9 @@ def make_fragmented(path: Path, extents: int = 1_000_000, *, step: int = 2) -> N
             os.pwrite(fd, _big_endian(words), (first_l2 + place) * CLUSTER + first * 8)
         os.pwrite(fd, _big_endian(l1), CLUSTER)
         table = array("Q", range(first_table + tables, end))
-        os.pwrite(fd, _big_endian(array("Q", [n << CLUSTER_BITS for n in table])), first_table * CLUSTER)
+        os.pwrite(
+            fd, _big_endian(array("Q", [n << CLUSTER_BITS for n in table])), first_table * CLUSTER
+        )
         _write_all(fd, b"\0\1" * end, (first_table + tables) * CLUSTER)
 
 

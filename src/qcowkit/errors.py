@@ -40,7 +40,7 @@ class CorruptMetadata(QcowkitError):
 
 
 class UnsupportedFeature(QcowkitError):
-    """The image, or the request, needs something that cannot be done; `bit` is set for header bits."""
+    """Something is needed that cannot be done; `bit` is set for header bits."""
 
     def __init__(self, name: str, *, reason: str, bit: int | None = None) -> None:
         self.name = name
@@ -64,7 +64,7 @@ class BudgetExceeded(QcowkitError):
 
 
 class ReferenceDenied(QcowkitError):
-    """A name inside an image was not admitted. The text is the same whether the file exists or not."""
+    """A name inside an image was not admitted; the text does not tell whether the file exists."""
 
 
 class StorageError(QcowkitError):

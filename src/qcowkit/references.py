@@ -1,4 +1,4 @@
-"""The names that an image mentions. Only data: a name opens nothing, the gate does. Floor 0, pure."""
+"""The names that an image mentions. A name opens nothing, the gate does. Floor 0, pure."""
 
 from __future__ import annotations
 

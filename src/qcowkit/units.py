@@ -51,7 +51,8 @@ def parse_size(text: str, *, what: str = "size") -> int:
         found = _SIZE.match(text)
         if not found:
             raise RequestError(
-                f"{what} {text!r} is not a number of bytes with an optional suffix b, k, M, G, T, P or E"
+                f"{what} {text!r} is not a number of bytes with an optional suffix "
+                "b, k, M, G, T, P or E"
             )
         whole, fraction, suffix = found.groups()
         unit = _SUFFIXES[suffix.upper()]

@@ -42,5 +42,7 @@ def rows_of(table: ExtentTable, flag: int, *, without: int = 0) -> RangeSet:
 
 def runs_of(mask: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """(first, end) indices of the runs of True in a mask of shape (n,)."""
+    if mask.all():
+        return ([0], [len(mask)]) if len(mask) else ([], [])
     edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
     return edges[::2].tolist(), edges[1::2].tolist()

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
@@ -70,7 +70,7 @@ class Workers:
 
     def map_ordered(
         self, work: Callable[[Item], Result], items: Iterable[Item]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """work(item) for all items, in order, a bounded number ahead of the consumer.
 
         The first failure is raised where its result would have come. Raises Cancelled. However

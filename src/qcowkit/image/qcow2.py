@@ -48,7 +48,7 @@ class Qcow2Image:
         self.mapping = _open_mapping(metadata, storage, budget, snapshot)
         self.size = self.mapping.size
         self.clusters = ClusterReader(
-            storage=storage, kind=metadata.compression_type, cluster_size=self.cluster_size
+            storage, kind=metadata.compression_type, cluster_size=self.cluster_size
         )
         self._probe_holes: bool | None = None
 

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import stat
 from typing import Self
 
@@ -117,7 +116,7 @@ class AtomicOutput:
 
     def _create_part(self, *, mode: int) -> None:
         while self._storage is None:
-            self._part = _prefix(self._name) + secrets.token_hex(_RANDOM_BYTES) + _SUFFIX
+            self._part = _prefix(self._name) + os.urandom(_RANDOM_BYTES).hex() + _SUFFIX
             storage = FileStorage.open(
                 self._part,
                 writable=True,

@@ -72,7 +72,7 @@ class MemoryStorage:
             self._grow(offset + len(joined) if joined else 0, operation="write")
             self._data[offset : offset + len(joined)] = joined
 
-    def zero(self, *, offset: int, length: int, unmap: bool) -> None:  # noqa: ARG002
+    def zero(self, *, offset: int, length: int, unmap: bool) -> None:
         """Make the range read as zeros."""
         self._check("zero", offset=offset, length=length, change=True)
         with self._lock:
@@ -113,11 +113,11 @@ class MemoryStorage:
         if offset < stop:
             yield offset, stop - offset
 
-    def clone_to(self, target: Storage, *, offset: int, length: int, target_offset: int) -> bool:  # noqa: ARG002
+    def clone_to(self, target: Storage, *, offset: int, length: int, target_offset: int) -> bool:
         """False: memory has no blocks to share."""
         return False
 
-    def copy_to(self, target: Storage, *, offset: int, length: int, target_offset: int) -> bool:  # noqa: ARG002
+    def copy_to(self, target: Storage, *, offset: int, length: int, target_offset: int) -> bool:
         """False: there is no host between the two."""
         return False
 

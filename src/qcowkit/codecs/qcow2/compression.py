@@ -1,14 +1,14 @@
 """Compressed clusters: one cluster in, one blob out, and back. Pure.
 
 Deflate is written with a 12-bit window, which every reader accepts, and read with 15, since
-writers exist whose matches reach further. Source: the qcow2 specification, "Compressed Clusters"."""
+writers exist whose matches reach further. Source: the specification, "Compressed clusters"."""
 
 from __future__ import annotations
 
 import threading
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import zstandard
 from isal import igzip_lib, isal_zlib
@@ -27,6 +27,9 @@ DEFAULT_ZSTD_LEVEL = 1
 
 Bytes = bytes | bytearray | memoryview
 Compressor = Callable[[Bytes], bytes]
+
+# Not zlib.error; the stub declares an instance where there is a class.
+_INFLATE_ERROR = cast("type[Exception]", isal_zlib.error)
 
 # Contexts of the zstd library must not be shared by threads; each thread keeps its own.
 _local = threading.local()
@@ -95,7 +98,7 @@ def decompress(kind: str, data: Bytes, *, size: int) -> bytes:
 def _inflate(data: Bytes, size: int) -> bytes:
     try:
         return isal_zlib.decompressobj(-READ_WINDOW_BITS).decompress(data, size)
-    except isal_zlib.error as error:
+    except _INFLATE_ERROR as error:
         raise BadCluster(f"not a deflate stream: {error}") from error
 
 

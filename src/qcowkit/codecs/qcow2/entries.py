@@ -184,7 +184,8 @@ def _compressed_fault(entry: int, bitmap: int, rules: EntryRules) -> str | None:
     host, length = compressed_extent(entry, geometry=rules.geometry)
     # The last sector may be cut by the end of the file, the data may not begin behind it.
     if host >= min(rules.file_size, MAX_HOST_OFFSET) or host + length > rules.file_size + 511:
-        return f"compressed data at {host:#x} reaches beyond the end of the file at {rules.file_size:#x}"
+        end = rules.file_size
+        return f"compressed data at {host:#x} reaches beyond the end of the file at {end:#x}"
     return None
 
 
@@ -229,7 +230,7 @@ def map_entries(
 
 
 class BadEntry(Exception):
-    """Internal to the engine: entry `index` is malformed; it becomes CorruptMetadata with a place."""
+    """Internal: entry `index` is malformed; the engine adds the place."""
 
     def __init__(self, index: int, reason: str) -> None:
         self.index = index

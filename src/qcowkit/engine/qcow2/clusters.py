@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from qcowkit.codecs.qcow2.compression import BadCluster, decompress
 from qcowkit.errors import CorruptMetadata
@@ -35,23 +34,23 @@ def plan_spans(runs: Sequence[Extent]) -> Iterator[tuple[int, int, Sequence[Exte
         index = last
 
 
-@dataclass(slots=True, kw_only=True)
 class ClusterReader:
     """Decodes compressed clusters of one file. Safe from several threads."""
 
-    storage: Storage
-    kind: str
-    cluster_size: int
-    _recent: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, storage: Storage, *, kind: str, cluster_size: int) -> None:
+        self._storage = storage
+        self._kind = kind
+        self._cluster_size = cluster_size
+        self._recent: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read_into(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """Put the bytes of compressed rows where they belong; buffer[0] is guest offset `base`."""
-        if len(runs) == 1 and runs[0].length < self.cluster_size:
+        if len(runs) == 1 and runs[0].length < self._cluster_size:
             self._read_part(runs[0], buffer, base)
             return
         for begin, length, rows in plan_spans(runs):
-            raw = memoryview(self.storage.pread(length, offset=begin))
+            raw = memoryview(self._storage.pread(length, offset=begin))
             for row in rows:
                 at = row.host - begin
                 data = self.decode(raw[at : at + row.stored], host=row.host)
@@ -59,15 +58,15 @@ class ClusterReader:
 
     def read_stored(self, run: Extent) -> bytes:
         """The compressed bytes as they lie in the file."""
-        return self.storage.pread(run.stored, offset=run.host)
+        return self._storage.pread(run.stored, offset=run.host)
 
     def decode(self, data: bytes | memoryview, *, host: int) -> bytes:
         """One cluster of guest bytes. Raises CorruptMetadata at `host` for anything else."""
         try:
-            return decompress(self.kind, data, size=self.cluster_size)
+            return decompress(self._kind, data, size=self._cluster_size)
         except BadCluster as error:
             raise CorruptMetadata(
-                f"{self.kind} compressed cluster", host_offset=host, reason=str(error)
+                f"{self._kind} compressed cluster", host_offset=host, reason=str(error)
             ) from None
 
     def _read_part(self, run: Extent, buffer: memoryview, base: int) -> None:
@@ -78,13 +77,13 @@ class ClusterReader:
             data = self.decode(self.read_stored(run), host=run.host)
             with self._lock:
                 self._recent[run.host] = data
-                while len(self._recent) > max(1, _KEEP_BYTES // self.cluster_size):
+                while len(self._recent) > max(1, _KEEP_BYTES // self._cluster_size):
                     self._recent.popitem(last=False)
         self._put(run, data, buffer, base)
 
     def _put(self, run: Extent, data: bytes, buffer: memoryview, base: int) -> None:
         at = run.start - base
-        inside = run.start & (self.cluster_size - 1)
+        inside = run.start & (self._cluster_size - 1)
         if run.length == len(data):
             buffer[at : at + run.length] = data
         else:

@@ -204,7 +204,7 @@ class _Surveyor:
                 used[mask] & np.int64(L1_RESERVED),
                 "reserved bits {:#x} are set, expected 0",
             )
-        good = offsets != 0
+        good: BoolArray = offsets != 0
         unaligned = (offsets & np.int64(self.cluster_size - 1)) != 0
         if unaligned.any():
             self._fault(

@@ -90,7 +90,7 @@ def _check_places(
     """Row 51, for every block: which entries have a whole block that nothing else uses."""
     header, span = metadata.dynamic_header, _span(metadata)
     assert header is not None
-    sound = sectors != UNUSED
+    sound: npt.NDArray[np.bool_] = sectors != UNUSED
     start = sectors * SECTOR
 
     def report(mask: npt.NDArray[np.bool_], text: str) -> None:

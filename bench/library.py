@@ -1,0 +1,141 @@
+"""Where the images of the rows come from, how much room they need, and when they may go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.images import GiB, MiB, make_disk, make_fragmented, repeat_disk
+from bench.measure import run_quietly
+
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+class NoRoom(Exception):
+    """The file system, or the memory behind it, cannot hold what a row needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How large the images are. disk, big: bytes of data. extents: of the fragmented image.
+    spots: data clusters of the vast one, `vast_step` clusters of 64 KiB apart."""
+
+    disk: int = 700 * MiB
+    big: int = 3 * GiB
+    extents: int = 1_000_000
+    spots: int = 1 << 15
+    vast_step: int = 1 << 15
+
+
+FULL = Scale()
+QUICK = Scale(disk=48 * MiB, big=128 * MiB, extents=50_000, spots=1 << 10, vast_step=1 << 20)
+
+
+@dataclass(slots=True, kw_only=True)
+class Library:
+    """Images by name, made in `folder` when they are first asked for."""
+
+    folder: Path
+    scale: Scale
+    say: Callable[[str], None]
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def get(self, name: str) -> Path:
+        """The path of an image. Raises NoRoom, CommandFailed, OSError."""
+        if name not in self._made:
+            path = self.folder / name.replace("_", ".")
+            self._require(2 * self._data_of(name))
+            try:
+                RECIPES[name](self, path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            self._made[name] = path
+        return self._made[name]
+
+    def require_output(self, name: str) -> None:
+        """Raise NoRoom unless a copy of the image fits."""
+        self._require(self._data_of(name) + 64 * MiB)
+
+    def keep_only(self, names: set[str]) -> None:
+        """Remove the images that no row needs any more."""
+        for name in self._made.keys() - names:
+            self._made.pop(name).unlink()
+
+    def _data_of(self, name: str) -> int:
+        kind = name.partition("_")[0]
+        sizes = {"disk": self.scale.disk, "big": self.scale.big}
+        # A page an L2 table, or 10 bytes an extent.
+        return sizes.get(kind, max(4096 * self.scale.spots, 16 * self.scale.extents))
+
+    def _require(self, wanted: int) -> None:
+        found = free_bytes(self.folder)
+        if found < wanted:
+            raise NoRoom(f"{wanted >> 20} MiB wanted in {self.folder}, found {found >> 20} MiB")
+
+
+def free_bytes(folder: Path) -> int:
+    """What may be written there; where files live in memory, not more than is available."""
+    free = shutil.disk_usage(folder).free
+    if file_system(folder) in _IN_MEMORY:
+        free = min(free, _memory_available() - GiB)
+    return max(0, free)
+
+
+def file_system(folder: Path) -> str:
+    """The type of the innermost mount that holds the folder."""
+    found, best = "", ""
+    inside = os.path.realpath(folder) + "/"
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _, place, kind = line.split(" ")[:3]
+        if inside.startswith(place.rstrip("/") + "/") and len(place) >= len(best):
+            found, best = kind, place
+    return found
+
+
+def _memory_available() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return GiB
+
+
+def _disk_raw(library: Library, path: Path) -> None:
+    make_disk(path, size=library.scale.disk, say=library.say)
+
+
+def _big_raw(library: Library, path: Path) -> None:
+    repeat_disk(library.get("disk_raw"), path, size=library.scale.big)
+
+
+def _converted(source: str, *flags: str) -> Callable[[Library, Path], None]:
+    """A recipe: another image, written by qemu-img, so that both read what is usual."""
+
+    def make(library: Library, path: Path) -> None:
+        run_quietly("qemu-img", "convert", "-f", "raw", *flags, library.get(source), path)
+
+    return make
+
+
+def _fragmented(library: Library, path: Path) -> None:
+    make_fragmented(path, library.scale.extents)
+
+
+def _vast(library: Library, path: Path) -> None:
+    make_fragmented(path, library.scale.spots, step=library.scale.vast_step)
+
+
+RECIPES: dict[str, Callable[[Library, Path], None]] = {
+    "disk_raw": _disk_raw,
+    "big_raw": _big_raw,
+    "disk_qcow2": _converted("disk_raw", "-O", "qcow2"),
+    "big_qcow2": _converted("big_raw", "-O", "qcow2"),
+    "disk_zlib": _converted("disk_raw", "-O", "qcow2", "-c"),
+    "disk_zstd": _converted("disk_raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"),
+    "disk_vpc": _converted("disk_raw", "-O", "vpc"),
+    "fragmented": _fragmented,
+    "vast": _vast,
+}

@@ -1,0 +1,246 @@
+"""What is measured: pairs of commands, what each must reach, and how its result is verified. Pure."""
+
+from __future__ import annotations
+
+import fnmatch
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+# Goals in bytes: the peak memory of any convert; of check and map of a vast disk.
+CONVERT_MEMORY = 150_000_000
+VAST_MEMORY = 300_000_000
+ZLIB_SIZE = 1.12
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row. Words such as {disk_raw} in commands stand for images; {out} is the file to write,
+    {qcow}, {python} and {bench} are the project's own.
+
+    goal: least ratio peer/ours of wall clock, None for information. size_limit: most output of ours
+    over the peer's. memory_limit: peak of ours, bytes. xfs: run on a file system with reflink.
+    verify: a command that must succeed after a run of ours, empty where exit codes say it all."""
+
+    name: str
+    title: str
+    peer: Command
+    ours: Command
+    goal: float | None = None
+    size_limit: float | None = None
+    memory_limit: int | None = None
+    xfs: bool = False
+    verify: Command = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The names of the images that the row needs, in the order of their mention."""
+        words = " ".join((*self.peer, *self.ours, *self.verify))
+        names = [name for _, name, _, _ in string.Formatter().parse(words) if name]
+        return tuple(dict.fromkeys(name for name in names if name not in _NOT_IMAGES))
+
+    @property
+    def writes(self) -> bool:
+        """Whether the commands write an output."""
+        return "{out}" in self.ours
+
+
+_NOT_IMAGES = frozenset({"out", "qcow", "python"})
+
+
+def fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
+    """The words of a command with names replaced."""
+    return [word.format_map(dict(values)) for word in command]
+
+
+def select(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
+    """The rows whose name matches any of the shell patterns; all without patterns.
+
+    Raises ValueError for a pattern that matches none."""
+    rows = list(rows)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
+            names = ", ".join(row.name for row in rows)
+            raise ValueError(f"no row is called {pattern!r}; known are {names}")
+    return [
+        row
+        for row in rows
+        if not patterns or any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)
+    ]
+
+
+def needed_later(rows: Sequence[Row]) -> list[set[str]]:
+    """For each row, the images to keep once it is done.
+
+    An image may be made from the raw one of its family, which stays as long as any of them."""
+    kept: list[set[str]] = []
+    later: set[str] = set()
+    for row in reversed(rows):
+        kept.append(set(later))
+        for image in row.images:
+            later |= {image} | _ANCESTORS.get(image.partition("_")[0], set())
+    return kept[::-1]
+
+
+_ANCESTORS = {"disk": {"disk_raw"}, "big": {"big_raw", "disk_raw"}}
+
+
+def _convert(
+    name: str,
+    title: str,
+    *flags: str,
+    source: str,
+    target: str,
+    peer_flags: Command = (),
+    goal: float | None = None,
+    size_limit: float | None = None,
+    xfs: bool = False,
+) -> Row:
+    """Both sides with the same flags; the guest content of ours is compared with the source's."""
+    kind = source.partition("_")[2]
+    format = kind if kind in ("raw", "vpc") else "qcow2"
+    image = "{%s}" % source
+    words = ("convert", "-f", format, "-O", target, *flags)
+    return Row(
+        name=name,
+        title=title,
+        peer=("qemu-img", *words, *peer_flags, image, "{out}"),
+        ours=("{qcow}", *words, image, "{out}"),
+        goal=goal,
+        size_limit=size_limit,
+        memory_limit=CONVERT_MEMORY,
+        xfs=xfs,
+        verify=("qemu-img", "compare", "-f", format, "-F", target, image, "{out}"),
+    )
+
+
+def _both(
+    name: str,
+    title: str,
+    *words: str,
+    goal: float | None = None,
+    memory_limit: int | None = None,
+    verify: Command = (),
+) -> Row:
+    """The same words for both sides."""
+    return Row(
+        name=name,
+        title=title,
+        peer=("qemu-img", *words),
+        ours=("{qcow}", *words),
+        goal=goal,
+        memory_limit=memory_limit,
+        verify=verify,
+    )
+
+
+def _same_answer(verb: str, image: str) -> Command:
+    return ("{python}", "-m", "bench.verify", verb, "{qcow}", image)
+
+
+_PARALLEL = ("-W", "-m", "16")
+_MAP = ("map", "-f", "qcow2", "--output=json")
+_CHECK = ("check", "-f", "qcow2")
+_INFO = ("info", "-f", "qcow2", "{disk_zlib}")
+_START = ("{python}", "-c", "pass")
+
+ROWS: tuple[Row, ...] = (
+    _convert("raw-qcow2-3g", "raw to qcow2, 3 GiB", source="big_raw", target="qcow2", goal=1.0),
+    _convert("qcow2-raw-3g", "qcow2 to raw, 3 GiB", source="big_qcow2", target="raw", goal=1.0),
+    _convert("raw-qcow2", "raw to qcow2, 700 MB", source="disk_raw", target="qcow2", goal=0.9),
+    _convert("qcow2-raw", "qcow2 to raw, 700 MB", source="disk_qcow2", target="raw", goal=0.9),
+    _convert(
+        "raw-qcow2-xfs",
+        "raw to qcow2 on XFS, 700 MB, clusters shared",
+        source="disk_raw",
+        target="qcow2",
+        goal=5.0,
+        xfs=True,
+    ),
+    _convert(
+        "to-zlib",
+        "raw to compressed qcow2, zlib",
+        "-c",
+        source="disk_raw",
+        target="qcow2",
+        peer_flags=_PARALLEL,
+        goal=8.0,
+        size_limit=ZLIB_SIZE,
+    ),
+    _convert(
+        "to-zstd",
+        "raw to compressed qcow2, zstd",
+        "-c",
+        "-o",
+        "compression_type=zstd",
+        source="disk_raw",
+        target="qcow2",
+        peer_flags=_PARALLEL,
+        goal=1.5,
+    ),
+    _convert("zlib-raw", "zlib qcow2 to raw", source="disk_zlib", target="raw", goal=2.0),
+    _convert("zstd-raw", "zstd qcow2 to raw", source="disk_zstd", target="raw", goal=1.2),
+    _both(
+        "compare",
+        "compare plain with zlib qcow2",
+        *("compare", "-f", "qcow2", "-F", "qcow2", "{disk_qcow2}", "{disk_zlib}"),
+        goal=3.0,
+    ),
+    _both(
+        "map",
+        "map of 1 M extents as JSON",
+        *_MAP,
+        "{fragmented}",
+        goal=1.5,
+        verify=_same_answer("map", "{fragmented}"),
+    ),
+    _both(
+        "check",
+        "check of 1 M extents",
+        *_CHECK,
+        "{fragmented}",
+        goal=1.5,
+        verify=_same_answer("check", "{fragmented}"),
+    ),
+    _both(
+        "map-64t",
+        "map of a sparse 64 TiB disk as JSON",
+        *_MAP,
+        "{vast}",
+        memory_limit=VAST_MEMORY,
+        verify=_same_answer("map", "{vast}"),
+    ),
+    _both(
+        "check-64t",
+        "check of a sparse 64 TiB disk",
+        *_CHECK,
+        "{vast}",
+        memory_limit=VAST_MEMORY,
+        verify=_same_answer("check", "{vast}"),
+    ),
+    _both("info", "info", *_INFO),
+    Row(
+        name="info-start",
+        title="info, against the bare interpreter",
+        peer=_START,
+        ours=("{qcow}", *_INFO),
+    ),
+    Row(
+        name="help-start",
+        title="--help, against the bare interpreter",
+        peer=_START,
+        ours=("{qcow}", "--help"),
+    ),
+    _convert("raw-vpc", "raw to VHD", source="disk_raw", target="vpc"),
+    _convert("vpc-raw", "VHD to raw", source="disk_vpc", target="raw"),
+    _convert(
+        "zlib-zlib",
+        "zlib qcow2 to zlib qcow2, clusters verbatim",
+        "-c",
+        source="disk_zlib",
+        target="qcow2",
+        peer_flags=_PARALLEL,
+    ),
+)
