@@ -150,7 +150,7 @@ def _machine_line(document: Mapping[str, Any]) -> str:
 def _legend(document: Mapping[str, Any]) -> str:
     return (
         f"Medians of {document['pairs']} pairs on {document['place']}; ratio: qemu-img over qcow, "
-        "the median over pairs, so more than 1 means that qcow is faster. Every output was verified. "
+        "the median over pairs, so above 1 qcow is the faster. Outputs were verified. "
         "Command: `make bench`; raw times are in `bench/results`."
     )
 
@@ -160,7 +160,7 @@ def _short(version: str) -> str:
 
 
 def _median(runs: Sequence[Mapping[str, Any]], key: str = "wall") -> float:
-    return statistics.median(run[key] for run in runs)
+    return float(statistics.median(run[key] for run in runs))
 
 
 def seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What is measured: pairs of commands, what each must reach, and how its result is verified. Pure."""
+"""What is measured: pairs of commands, their goals, and how a result is verified. Pure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Row:
 
     goal: least ratio peer/ours of wall clock, None for information. size_limit: most output of ours
     over the peer's. memory_limit: peak of ours, bytes. xfs: run on a file system with reflink.
+    allocated: give the images there all the space of their holes, as if data had been written.
     verify: a command that must succeed after a run of ours, empty where exit codes say it all."""
 
     name: str
@@ -32,6 +33,7 @@ class Row:
     size_limit: float | None = None
     memory_limit: int | None = None
     xfs: bool = False
+    allocated: bool = False
     verify: Command = ()
 
     @property
@@ -101,7 +103,7 @@ def _convert(
     """Both sides with the same flags; the guest content of ours is compared with the source's."""
     kind = source.partition("_")[2]
     format = kind if kind in ("raw", "vpc") else "qcow2"
-    image = "{%s}" % source
+    image = f"{{{source}}}"
     words = ("convert", "-f", format, "-O", target, *flags)
     return Row(
         name=name,
@@ -122,6 +124,7 @@ def _both(
     *words: str,
     goal: float | None = None,
     memory_limit: int | None = None,
+    allocated: bool = False,
     verify: Command = (),
 ) -> Row:
     """The same words for both sides."""
@@ -132,6 +135,8 @@ def _both(
         ours=("{qcow}", *words),
         goal=goal,
         memory_limit=memory_limit,
+        xfs=allocated,
+        allocated=allocated,
         verify=verify,
     )
 
@@ -194,6 +199,15 @@ ROWS: tuple[Row, ...] = (
         *_MAP,
         "{fragmented}",
         goal=1.5,
+        # Where the host has holes, both ask it for each extent: that is the next row.
+        allocated=True,
+        verify=_same_answer("map", "{fragmented}"),
+    ),
+    _both(
+        "map-holes",
+        "map of 1 M extents that are holes of the file",
+        *_MAP,
+        "{fragmented}",
         verify=_same_answer("map", "{fragmented}"),
     ),
     _both(

@@ -74,8 +74,7 @@ class Session:
             room = 3 * max(path.stat().st_size for path in images.values())
             place = stack.enter_context(mounted_xfs(self.folder, size=room))
             for name, path in images.items():
-                run_quietly("cp", "--sparse=always", path, place)
-                images[name] = place / path.name
+                images[name] = _moved_in(path, place, allocated=row.allocated)
         return {
             **images,
             "out": place / "out.img",
@@ -98,10 +97,21 @@ class Session:
                 finally:
                     if out is not None:
                         out.unlink(missing_ok=True)
-                if row.xfs:
+                if row.xfs and out is not None:
                     # What one side left to be written must not slow the other.
-                    run_quietly("sync", "-f", str(out and out.parent))
+                    run_quietly("sync", "-f", out.parent)
         return Pairs(peer=tuple(runs[0]), ours=tuple(runs[1]))
+
+
+def _moved_in(path: Path, place: Path, *, allocated: bool) -> Path:
+    """A copy on another file system, durable so that nothing is written while others run."""
+    copy = place / path.name
+    run_quietly("cp", "--sparse=always", path, copy)
+    with copy.open("r+b") as file:
+        if allocated:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        os.fsync(file.fileno())
+    return copy
 
 
 def _described(row: Row) -> dict[str, Any]:
@@ -252,7 +262,7 @@ def write_readme(document: Mapping[str, Any]) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """0 when every row that ran reached its goals, 1 otherwise."""
+    """0 when all that ran was correct, whether it was fast or not; 1 otherwise."""
     args = arguments(given)
     if args.list:
         for row in args.chosen:
@@ -274,7 +284,7 @@ def main(given: Sequence[str] | None = None) -> int:
         write_readme(document)
     for line in missed(document["rows"]):
         say(f"not reached: {line}")
-    return 1 if missed(document["rows"]) else 0
+    return 1 if any(row["failed"] for row in document["rows"]) else 0
 
 
 def _unwind(number: int, _frame: object) -> None:

@@ -39,21 +39,19 @@ def iter_map_rows(tool: str, image: str) -> Iterator[tuple[Any, ...]]:
         sys.exit(f"{' '.join(argv)}: exit code {process.returncode}")
 
 
-def check_answer(tool: str, image: str) -> dict[str, Any]:
-    """The numbers of a check; what is missing counts as none."""
+def iter_check_answers(tool: str, image: str) -> Iterator[tuple[Any, ...]]:
+    """The one answer of a check: exit code and numbers; what is missing counts as none."""
     argv = (tool, "check", "-f", "qcow2", "--output=json", image)
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
     answer = json.loads(done.stdout)
-    return {"exit code": done.returncode, **{key: answer.get(key) or 0 for key in _CHECK_KEYS}}
+    yield (done.returncode, *(answer.get(key) or 0 for key in _CHECK_KEYS))
 
 
 def main(arguments: list[str]) -> int:
     """0 where both say the same, 1 and a line on standard error where they differ."""
     verb, qcow, image = arguments
-    if verb == "check":
-        pairs = iter([(check_answer(qcow, image), check_answer("qemu-img", image))])
-    else:
-        pairs = zip_longest(iter_map_rows(qcow, image), iter_map_rows("qemu-img", image))
+    answers = iter_map_rows if verb == "map" else iter_check_answers
+    pairs = zip_longest(answers(qcow, image), answers("qemu-img", image))
     for count, (ours, peer) in enumerate(pairs):
         if ours != peer:
             sys.stderr.write(f"{verb}, answer {count}: qcow says {ours}, qemu-img says {peer}\n")

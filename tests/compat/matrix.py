@@ -104,26 +104,28 @@ def all_cases() -> tuple[Case, ...]:
 
 
 @cache
-def covering_cases() -> tuple[Case, ...]:
-    """A part in which every possible pair of values occurs."""
+def covering_cases(rounds: int = 2) -> tuple[Case, ...]:
+    """A part in which every possible pair of values occurs, in each round with other company."""
+    return tuple(dict.fromkeys(case for seed in range(rounds) for case in _cover(seed)))
+
+
+def _cover(seed: int) -> Iterator[Case]:
     cases = all_cases()
     at: dict[object, list[Case]] = {}
     for case in cases:
         for pair in _pairs(case):
             at.setdefault(pair, []).append(case)
-    noise = random.Random(5)
+    noise = random.Random(seed)
     open_pairs = dict.fromkeys(at)
-    chosen = []
     # Rare pairs first: the others come with them.
     for pair in sorted(at, key=lambda pair: len(at[pair])):
         if pair not in open_pairs:
             continue
-        candidates = at[pair] if len(at[pair]) < 60 else noise.sample(at[pair], 60)
+        candidates = noise.sample(at[pair], min(60, len(at[pair])))
         best = max(candidates, key=lambda case: sum(one in open_pairs for one in _pairs(case)))
-        chosen.append(best)
+        yield best
         for one in _pairs(best):
             open_pairs.pop(one, None)
-    return tuple(chosen)
 
 
 def _pairs(case: Case) -> Iterator[object]:
@@ -138,6 +140,10 @@ class Edit:
     start: int
     length: int
 
+    def overlaps(self, other: Edit) -> bool:
+        """Whether both touch a byte."""
+        return self.start < other.start + other.length and other.start < self.start + self.length
+
     def command(self) -> str:
         """The command for `qemu-io -c`."""
         return f"{self.words} {self.start} {self.length}"
@@ -149,7 +155,7 @@ def plan_edits(case: Case, *, count: int = 8) -> list[Edit]:
     kinds = ["write -P {byte}", "write -s noise.bin", "write -z", "write -z -u", "discard"]
     if case.compression != "none":
         kinds += ["write -c -P {byte}", "write -c -s noise.bin"] * 2
-    edits = []
+    edits: list[Edit] = []
     for _ in range(count):
         words = noise.choice(kinds).format(byte=noise.randrange(1, 256))
         # Compressed writes take whole clusters; others are aligned now and then.
@@ -158,7 +164,12 @@ def plan_edits(case: Case, *, count: int = 8) -> list[Edit]:
         start = noise.randrange(-(-case.size // unit)) * unit
         most = min(case.size - start, max(4 * unit, 128 * KiB))
         length = min(-(-noise.randrange(1, most + 1) // unit) * unit, case.size - start)
-        edits.append(Edit(words=words, start=start, length=length))
+        edit = Edit(words=words, start=start, length=length)
+        # qemu compresses only what is not allocated yet.
+        if "-c" not in words:
+            edits.append(edit)
+        elif not any(edit.overlaps(other) for other in edits if "-c" in other.words):
+            edits.insert(0, edit)
     return edits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import ExtentTable, Flag, empty, make_table, single
+from qcowkit.image.gate import ReferenceGate
+from qcowkit.image.registry import open_chain
 from qcowkit.operations.headers import (
     allocation_from_qemu,
     allocation_json,
@@ -22,6 +25,7 @@ from qcowkit.operations.headers import (
 from qcowkit.operations.map import iter_map_json
 from qcowkit.testing.disks import TableDisk
 from qcowkit.testing.strategies import extent_tables
+from tests.corpus import sound_images, unpack
 
 DATA = int(Flag.DATA | Flag.PRESENT)
 ZERO = int(Flag.ZERO | Flag.PRESENT)
@@ -226,3 +230,14 @@ def test_malformed_documents_of_qemu_are_refused_by_name(
 ) -> None:
     with pytest.raises(CorruptMetadata, match=message):
         allocation_from_qemu(facts, rows)
+
+
+def test_every_block_of_a_dynamic_vhd_counts_whatever_its_sector_bitmap_says(
+    tmp_path: Path,
+) -> None:
+    entry = next(iter(sound_images(name="vhd-grandchild-macx")))
+    path = unpack(entry, tmp_path)
+    with open_chain(path, format="vpc", gate=ReferenceGate.below_image()) as chain:
+        document = b"".join(allocation_json(chain, cluster_bits=21))
+    # Its own table has fewer blocks: those of the parents count as well.
+    assert parse_allocation(document).clusters == RangeSet.of([0], [3])

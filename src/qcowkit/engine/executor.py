@@ -83,12 +83,15 @@ class Workers:
                     waiting.append(self._pool.submit(work, item))  # type: ignore[arg-type]
                 if not waiting:
                     return
-                result = waiting.popleft().result()
+                # It leaves the queue once it has ended: an interrupt must not lose sight of it.
+                result = waiting[0].result()
+                waiting.popleft()
                 self.check_cancelled()
                 yield result
         finally:
             # Whoever leaves early must find no thread at work on what they close next.
-            for future in waiting:
+            # The latest first: none may begin whose turn waits for one that never will.
+            for future in reversed(waiting):
                 future.cancel()
             wait(waiting)
 

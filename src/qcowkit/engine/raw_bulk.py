@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcowkit.engine.batches import runs_of
-from qcowkit.engine.transfer import Chunk, UnitState, Write
+from qcowkit.engine.transfer import MAX_DIRECT, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
 
 
@@ -11,6 +11,8 @@ class RawBulkWriter:
     """A `BulkTarget` on an empty file, or on one that keeps its content (`overwrite`).
 
     unit: the shortest run of zeros that becomes a hole, bytes. size: guest bytes."""
+
+    direct_limit = MAX_DIRECT
 
     def __init__(self, storage: Storage, *, size: int, unit: int, overwrite: bool = False) -> None:
         self._storage = storage

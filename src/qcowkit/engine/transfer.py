@@ -11,6 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import MiB
+
+# Where the target sets no bound: what one call into the host may take.
+MAX_DIRECT = 256 * MiB
 
 
 class UnitState(IntEnum):
@@ -54,7 +58,8 @@ class BulkTarget(Protocol):
     """A new image that is filled in ascending guest order by one thread.
 
     unit: bytes that are placed as a whole, where chunks begin. grain: bytes of an element of
-    `Chunk.states`, a part of a unit. explicit_zeros: zeros must be told from ABSENT."""
+    `Chunk.states`, a part of a unit. explicit_zeros: zeros must be told from ABSENT. direct_limit:
+    bytes that one call of `place_direct` may ask for, whole units."""
 
     @property
     def unit(self) -> int: ...
@@ -65,6 +70,9 @@ class BulkTarget(Protocol):
     @property
     def explicit_zeros(self) -> bool: ...
 
+    @property
+    def direct_limit(self) -> int: ...
+
     def place(self, chunk: Chunk) -> list[Write]:
         """Decide where the chunk goes. Writes may run later, in any order, on any thread."""
 
@@ -72,7 +80,9 @@ class BulkTarget(Protocol):
         """A range of whole units, or up to the disk's end, that must read as zeros."""
 
     def place_direct(self, start: int, length: int) -> tuple[Storage, int]:
-        """Room for a range of whole units that the host copies: (storage, host offset)."""
+        """Room for a range of whole units that the host copies: (storage, host offset).
+
+        The range lies in one piece, so it has `direct_limit` bytes at most."""
 
     def finish(self) -> None:
         """Write the tables, then the header. The caller makes it durable."""

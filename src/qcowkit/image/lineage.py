@@ -193,8 +193,10 @@ class _Walk:
                 _label(reference),
                 reason=f"unique id is {parent.unique_id}, expected {child.parent_id}",
             )
+        # Writers differ: some keep the time of the parent's file, some that of its footer.
+        known = parent.footer.timestamp == child.parent_timestamp
         text = _timestamp_warning(layer.storage, child.parent_timestamp, _label(reference))
-        if text:
+        if text and not known:
             self.layers[-1] = replace(layer, warnings=(*layer.warnings, text))
 
 

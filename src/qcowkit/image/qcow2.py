@@ -57,9 +57,7 @@ class Qcow2Image:
         check_range(start=start, length=length, size=self.size)
         table = self.mapping.extents(start=start, length=length, limit=limit)
         if self._probe_holes is None:
-            self._probe_holes = not self.metadata.data_file and holds_unwritten_clusters(
-                self.storage, self.metadata
-            )
+            self._probe_holes = holds_unwritten_clusters(self.storage, self.metadata)
         return mark_holes(table, self.data_storage) if self._probe_holes else table
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:

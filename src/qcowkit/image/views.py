@@ -13,7 +13,11 @@ from qcowkit.extents.table import ExtentTable, Flag, concatenate, make_table, si
 from qcowkit.image.chain import data_rows
 from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image
-from qcowkit.units import align_down
+from qcowkit.units import MiB, align_down
+
+
+# What `Salvaged` gives up at once when tables cannot be read, bytes.
+_STEP = 2 * MiB
 
 
 class Disk(Protocol):
@@ -94,12 +98,47 @@ class Concatenation:
                 disk.read_table(own, buffer[at : at + part.end - part.begin])
 
 
+class Padded:
+    """A disk with zeros behind its end, up to `size` bytes; they count as the top layer's own."""
+
+    def __init__(self, disk: Disk, *, size: int) -> None:
+        self._disk = disk
+        self.size = max(size, disk.size)
+        self.images = disk.images
+
+    def iter_extents(
+        self, *, start: int = 0, length: int | None = None, align: int = 1
+    ) -> Iterator[ExtentTable]:
+        """See `Disk.iter_extents`."""
+        stop = self.size if length is None else start + length
+        return _realign(self._tables(start, stop), align)
+
+    def _tables(self, start: int, stop: int) -> Iterator[ExtentTable]:
+        end = min(stop, self._disk.size)
+        if start < end:
+            yield from self._disk.iter_extents(start=start, length=end - start)
+        start = max(start, end)
+        if start < stop:
+            yield single(start, stop - start, Flag.ZERO | Flag.PRESENT)
+
+    def read_table(self, table: ExtentTable, buffer: memoryview) -> None:
+        """See `Disk.read_table`."""
+        part = clip(table, table.begin, min(table.end, self._disk.size))
+        count = part.end - part.begin
+        if count:
+            self._disk.read_table(part, buffer[:count])
+        buffer[count:] = bytes(len(buffer) - count)
+
+
 class Salvaged:
-    """A disk whose unreadable spots read as zeros, each reported as (start, length, why)."""
+    """A disk whose unreadable spots read as zeros, each reported once as (start, length, why).
+
+    A spot that was given up stays so: whoever walks the extents twice sees the same disk."""
 
     def __init__(self, disk: Disk, *, report: Callable[[int, int, str], None]) -> None:
         self._disk = disk
         self._report = report
+        self._lost: dict[int, int] = {}
         self.size = disk.size
         self.images = disk.images
 
@@ -108,23 +147,41 @@ class Salvaged:
     ) -> Iterator[ExtentTable]:
         """See `Disk.iter_extents`; a range whose tables are malformed is a hole."""
         stop = self.size if length is None else start + length
-        step = max(align, 1 << 21)
+        return _realign(self._tables(start, stop), align)
+
+    def _tables(self, start: int, stop: int) -> Iterator[ExtentTable]:
+        """Spans shrink around what fails, down to one step, and grow again behind it."""
+        span = stop - start
         while start < stop:
+            end = min(stop, align_down(start + span, _STEP) + _STEP)
+            end, lost = self._next_spot(start, end)
+            if lost:
+                yield single(start, end - start, Flag.NONE)
+                start = end
+                continue
             try:
-                for table in self._disk.iter_extents(start=start, length=stop - start, align=align):
+                for table in self._disk.iter_extents(start=start, length=end - start):
                     start = table.end
                     yield table
+                span *= 2
             except (CorruptMetadata, StorageError) as error:
-                yield from self._step_over(start, min(stop, align_down(start, step) + step), error)
-                start = min(stop, align_down(start, step) + step)
+                span = min(span, end - start) // 2
+                if end - start <= _STEP:
+                    self._give_up(start, end, str(error))
 
-    def _step_over(self, start: int, stop: int, error: Exception) -> Iterator[ExtentTable]:
-        """One step of a window that failed as a whole: mapped alone, or given up."""
-        try:
-            yield from list(self._disk.iter_extents(start=start, length=stop - start))
-        except (CorruptMetadata, StorageError):
-            self._report(start, stop - start, str(error))
-            yield single(start, stop - start, Flag.NONE)
+    def _next_spot(self, start: int, end: int) -> tuple[int, bool]:
+        """How far [start, end) is of one kind, and whether it is lost."""
+        for begin in sorted(self._lost):
+            stop = self._lost[begin]
+            if begin <= start < stop:
+                return min(end, stop), True
+            if start < begin < end:
+                return begin, False
+        return end, False
+
+    def _give_up(self, start: int, end: int, why: str) -> None:
+        self._lost[start] = end
+        self._report(start, end - start, why)
 
     def read_table(self, table: ExtentTable, buffer: memoryview) -> None:
         """See `Disk.read_table`."""

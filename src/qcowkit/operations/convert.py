@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -19,8 +19,8 @@ from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Flag
 from qcowkit.image.qcow2 import Qcow2Image
-from qcowkit.image.views import Concatenation, Disk, Salvaged, Window
-from qcowkit.operations.copying import Copier, CopyRules, HostCopy
+from qcowkit.image.views import Concatenation, Disk, Padded, Salvaged, Window
+from qcowkit.operations.copying import Copier, CopyRules, HostCopy, only_top
 from qcowkit.operations.create import (
     DEFAULT_SPARSE,
     CreateOptions,
@@ -28,11 +28,12 @@ from qcowkit.operations.create import (
     data_path,
     open_target,
     qcow2_spec,
+    refuse_overlap,
 )
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import SECTOR
+from qcowkit.units import SECTOR, align_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +88,9 @@ def convert(
     with Workers(options.threads, cancel=cancel) as workers:
         if options.in_place or _is_device(path):
             _into_existing(disk, path, options, workers, progress)
-            return Converted(size=disk.size, salvaged=tuple(bad))
+            return Converted(size=disk.size, salvaged=tuple(sorted(bad)))
         size = _into_new(disk, path, options, workers, progress)
-    return Converted(size=size, salvaged=tuple(bad))
+    return Converted(size=size, salvaged=tuple(sorted(bad)))
 
 
 def _source(
@@ -102,6 +103,14 @@ def _source(
     if options.salvage:
         disk = Salvaged(disk, report=lambda start, length, why: bad.append((start, length, why)))
     return disk
+
+
+def _storages(disk: Disk) -> Iterator[Storage]:
+    """Every file that reading the disk may touch."""
+    for image in disk.images:
+        yield image.data_storage
+        if isinstance(image, Qcow2Image):
+            yield image.storage
 
 
 def _is_device(path: str | os.PathLike[str]) -> bool:
@@ -124,7 +133,13 @@ def _into_new(
         raise RequestError(
             f"size {create.size} of the target is less than the source's {disk.size} bytes"
         )
+    refuse_overlap(path, create, read=_storages(disk))
     spec = qcow2_spec(create, size=size) if options.format == "qcow2" else None
+    if spec is not None and spec.backing_name is not None:
+        if isinstance(disk, Concatenation):
+            raise RequestError("a backing file excludes several sources")
+        # What the source does not reach must not show the backing file either.
+        disk = Padded(disk, size=spec.size)
     if options.compress:
         assert spec is not None, "only qcow2 compresses"
         refuse_compressed_data_file(spec)
@@ -163,8 +178,10 @@ def _into_existing(
         raise RequestError(
             f"{os.fsdecode(path)}: only a raw target is written in place, found -O {options.format}"
         )
+    refuse_overlap(path, CreateOptions.of(options.format, {}), read=_storages(disk))
     with FileStorage.open(path, writable=True) as storage:
-        if storage.size() < disk.size:
+        # A raw disk has whole sectors, its file may end within the last one.
+        if align_up(storage.size(), SECTOR) < disk.size:
             raise RequestError(
                 f"{storage.name}: the target has {storage.size()} bytes, "
                 f"the source {disk.size}: it does not fit"
@@ -272,9 +289,9 @@ def count_clusters(disk: Disk, spec: Qcow2Spec, options: ConvertOptions) -> tupl
     wanted = Flag.DATA | Flag.ZERO if spec.backing_name is not None else Flag.DATA
     clusters = tables = 0
     last_cluster = last_table = -1
-    for table in disk.iter_extents(align=max(geometry.l2_coverage, 1 << 21)):
+    for table in disk.iter_extents():
         if spec.backing_name is not None:
-            table = table.take(table.layer == 0)
+            table = only_top(table)
         touched = rows_of(table, wanted).scale_outward(geometry.cluster_size)
         below = rows_of(table, wanted).scale_outward(geometry.l2_coverage)
         # Windows may share a unit at their edges: it counts once.

@@ -32,7 +32,6 @@ from qcowkit.units import KiB, MiB, align_down, align_up, ceil_div
 WINDOW = 2 * MiB
 # Shorter runs are not worth a call into the host's file system of their own.
 MIN_DIRECT = 64 * KiB
-_MAX_DIRECT = 256 * MiB
 
 HostCopy = Callable[[Storage, Storage, int, int, int], bool]
 
@@ -159,6 +158,8 @@ class Copier:
         else:
             copied = _outward(rows_of(shown, Flag.DATA, without=Flag.ZERO), unit).clip(begin, end)
             zeros = self._zeros(shown)
+            if self._rules.zero_as_data:
+                copied = copied.union(_outward(zeros, unit).clip(begin, end))
         direct = list(self._direct(table)) if self._rules.host_copy else []
         stops = [run.start + run.length for run in direct]
         taken = RangeSet.of([run.start for run in direct], stops)
@@ -180,18 +181,8 @@ class Copier:
         yield from work
 
     def _shown(self, table: ExtentTable) -> ExtentTable:
-        """With `top_only`, the rows of deeper layers as if nothing were there."""
-        if not self._rules.top_only:
-            return table
-        flags = np.where(table.layer == 0, table.flags, 0).astype(np.uint16)
-        return ExtentTable(
-            start=table.start,
-            length=table.length,
-            flags=flags,
-            layer=table.layer,
-            host=table.host,
-            stored=table.stored,
-        )
+        """With `top_only`, what the target's own backing file will show is left out."""
+        return only_top(table) if self._rules.top_only else table
 
     def _zeros(self, shown: ExtentTable) -> RangeSet:
         """What must be said to be zero. Without `top_only`, a hole is as zero as a zero cluster."""
@@ -209,16 +200,18 @@ class Copier:
         if self._rules.top_only:
             plain &= table.layer == 0
         rows = table.take(plain & (table.length >= MIN_DIRECT))
+        most = self._target.direct_limit
         for row in rows:
             source = self._disk.images[row.layer].data_storage
             block = max(self._target.unit, source.caps.block_size)
             start = align_up(row.start, block)
-            stop = align_down(row.start + row.length, block)
+            # What the file lacks of its last cluster is zero, and nothing that the host could copy.
+            stop = align_down(row.start + min(row.length, source.size() - row.host), block)
             host = row.host + start - row.start
             if stop - start < MIN_DIRECT or host % source.caps.block_size:
                 continue
-            for at in range(start, stop, _MAX_DIRECT):
-                length = min(_MAX_DIRECT, stop - at)
+            for at in range(start, stop, most):
+                length = min(most, stop - at)
                 yield row._replace(start=at, length=length, host=host + at - start)
 
     # Reading. Runs in workers.
@@ -327,6 +320,22 @@ class Copier:
             length = min(WINDOW, run.length - at)
             raw = source.pread(length, offset=run.host + at)
             target.pwrite([raw.ljust(length, b"\0")], offset=host + at)
+
+
+def only_top(table: ExtentTable) -> ExtentTable:
+    """The rows of the top layer; those of deeper layers as if nothing were there.
+
+    What no layer decides has the layer of the deepest one that reaches so far: where that is the
+    top, nothing lies below, and it is ZERO."""
+    own = np.where((table.flags & Flag.PRESENT) != 0, table.flags, np.uint16(Flag.ZERO))
+    return ExtentTable(
+        start=table.start,
+        length=table.length,
+        flags=np.where(table.layer == 0, own, 0).astype(np.uint16),
+        layer=table.layer,
+        host=table.host,
+        stored=table.stored,
+    )
 
 
 def _outward(ranges: RangeSet, unit: int) -> RangeSet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.storage.atomic import AtomicOutput
+from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, KiB, align_up, is_power_of_two
 
@@ -84,6 +86,7 @@ def create_image(
     check_backing: open the base image, which must exist, and take its size where none is given.
     Raises RequestError for options that cannot be, StorageError and all errors of the base."""
     backing = options.text("backing_file")
+    refuse_overlap(path, options)
     if backing is not None and check_backing:
         size = backing_size(path, options, gate=gate, budget=budget)
         options = options if options.size is not None else options.with_values(size=size)
@@ -115,10 +118,11 @@ def backing_size(
     """Guest bytes of the base image that the options name, opened as the new image will see it.
 
     The user names the base, not an image: it may lie anywhere; what it names itself may not."""
-    name = str(options.text("backing_file"))
-    target = os.path.join(os.path.dirname(os.path.abspath(os.fsdecode(path))), name)
-    layers = open_layers(target, format=options.text("backing_fmt"), gate=gate, budget=budget)
+    base = _beside(path, str(options.text("backing_file")))
+    layers = open_layers(base, format=options.text("backing_fmt"), gate=gate, budget=budget)
     try:
+        storages = [storage for layer in layers for storage in (layer.storage, layer.data_storage)]
+        refuse_overlap(path, options, read=[storage for storage in storages if storage])
         return layers[0].metadata.virtual_size
     finally:
         close_layers(layers)
@@ -127,9 +131,47 @@ def backing_size(
 def data_path(path: str | os.PathLike[str], options: CreateOptions) -> str | None:
     """Where the external data file lies: its name is relative to the image's directory."""
     name = options.text("data_file")
-    if name is None:
-        return None
+    return None if name is None else _beside(path, name)
+
+
+def refuse_overlap(
+    path: str | os.PathLike[str], options: CreateOptions, *, read: Iterable[Storage] = ()
+) -> None:
+    """Raise RequestError when a new file would take the place of one that is needed.
+
+    path: of the new image. read: what is open and must stay: the sources, the base image's chain.
+    Names are compared with links followed, files by their identity."""
+    data, backing = data_path(path, options), options.text("backing_file")
+    if data is not None and _same_file(path, data):
+        raise RequestError(f"{data}: the data file cannot be the new image itself")
+    for target in filter(None, (path, data)):
+        shown, identity = os.fsdecode(target), _identity(target)
+        if backing is not None and _same_file(target, _beside(path, backing)):
+            raise RequestError(f"{shown}: is the backing file of the new image")
+        if any(isinstance(one, FileStorage) and one.identity == identity for one in read):
+            raise RequestError(
+                f"{shown}: is one of the files that are read, so it cannot be written"
+            )
+
+
+def _beside(path: str | os.PathLike[str], name: str) -> str:
+    """A name in an image, as seen from the image's directory."""
     return os.path.join(os.path.dirname(os.path.abspath(os.fsdecode(path))), name)
+
+
+def _same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return (identity := _identity(one)) is not None and identity == _identity(other)
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """As `FileStorage.identity`; None where there is no file that can be looked at."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
 def open_target(

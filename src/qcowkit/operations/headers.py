@@ -16,6 +16,8 @@ import numpy as np
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Flag
+from qcowkit.image.protocol import Image
+from qcowkit.image.vhd import VhdImage
 from qcowkit.operations.map import MappedDisk
 from qcowkit.units import INT64_MAX, ceil_div, is_power_of_two
 
@@ -40,7 +42,8 @@ def allocation_json(
 ) -> Iterator[bytes]:
     """The document of a disk, in pieces, in memory that does not grow with the disk.
 
-    Clusters with data at any depth of the chain count. legacy: the flat list. Raises RequestError
+    Clusters with data at any depth of the chain count; of dynamic VHDs every block that is in any
+    table of the chain, as XAPI's tools have it. legacy: the flat list. Raises RequestError
     for `cluster_bits` outside 9 to 30, and whatever reading the map raises."""
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise RequestError(
@@ -61,8 +64,8 @@ def iter_clusters(disk: MappedDisk, *, cluster_bits: int) -> Iterator[RangeSet]:
     if not disk.size:
         return
     last = RangeSet.empty()
-    for table in disk.iter_extents(start=0, length=disk.size):
-        clusters = RangeSet.from_table(table, Flag.DATA).scale_outward(1 << cluster_bits)
+    for ranges in _iter_allocated(disk):
+        clusters = ranges.scale_outward(1 << cluster_bits)
         if not len(clusters):
             continue
         # Only the last run may touch, or overlap, the first one of the next window.
@@ -74,6 +77,29 @@ def iter_clusters(disk: MappedDisk, *, cluster_bits: int) -> Iterator[RangeSet]:
             yield RangeSet(start=merged.start[:-1], stop=merged.stop[:-1])
     if len(last):
         yield last
+
+
+def _iter_allocated(disk: MappedDisk) -> Iterator[RangeSet]:
+    """Guest bytes that count, window by window."""
+    blocks = [image for image in getattr(disk, "images", ()) if _has_blocks(image)]
+    for table in disk.iter_extents(start=0, length=disk.size):
+        found = RangeSet.from_table(table, Flag.DATA)
+        for image in blocks:
+            found = found.union(_blocks(image, table.begin, min(table.end, image.size)))
+        yield found
+
+
+def _has_blocks(image: Image) -> bool:
+    return isinstance(image, VhdImage) and image.metadata.dynamic_header is not None
+
+
+def _blocks(image: Image, start: int, stop: int) -> RangeSet:
+    """Where a VHD has host space, whatever its sector bitmaps say."""
+    if start >= stop:
+        return RangeSet.empty()
+    table = image.extents(start=start, length=stop - start)
+    rows = table.take(table.host >= 0)
+    return RangeSet.of(rows.start, rows.start + rows.length)
 
 
 def _intervals(runs: Iterable[RangeSet]) -> Iterator[bytes]:

@@ -107,12 +107,14 @@ def _unzstd(data: Bytes, size: int) -> bytes:
     if context is None:
         context = _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     try:
-        out: bytes = context.decompress(data, max_output_size=size, allow_extra_data=True)
+        # A size that the frame declares is what the library would allocate, whatever our limit.
+        if zstandard.frame_content_size(data) <= size:
+            out: bytes = context.decompress(data, max_output_size=size, allow_extra_data=True)
+            if len(out) == size:
+                return out
     except zstandard.ZstdError:
         # More than a cluster in the frame, or damage: the incremental decoder tells which.
-        out = b""
-    if len(out) == size:
-        return out
+        pass
     return _unzstd_frames(data, size)
 
 

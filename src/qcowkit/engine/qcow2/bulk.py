@@ -21,7 +21,7 @@ from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout
 from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
 from qcowkit.engine.qcow2.spec import Qcow2Spec
-from qcowkit.engine.transfer import Chunk, UnitState, Write
+from qcowkit.engine.transfer import MAX_DIRECT, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
@@ -32,6 +32,8 @@ class Qcow2BulkWriter:
     """A `BulkTarget`. The layout is an upper bound; what stays unused is counted as free.
 
     storage: empty and writable. data_storage: the external data file, where the spec names one."""
+
+    direct_limit = MAX_DIRECT
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,15 +43,15 @@ class Claims:
             )
 
 
-@dataclass(slots=True)
 class ClaimsBuilder:
     """Collects runs; `build` freezes them."""
 
-    cluster_bits: int
-    _names: list[str] = field(default_factory=list)
-    _first: list[Int64Array] = field(default_factory=list)
-    _count: list[Int64Array] = field(default_factory=list)
-    _owner: list[Int64Array] = field(default_factory=list)
+    def __init__(self, cluster_bits: int) -> None:
+        self.cluster_bits = cluster_bits
+        self._names: list[str] = []
+        self._first: list[Int64Array] = []
+        self._count: list[Int64Array] = []
+        self._owner: list[Int64Array] = []
 
     def add(self, name: str, *, offset: int, length: int) -> None:
         """A structure of `length` bytes at a host offset; nothing if it is empty."""

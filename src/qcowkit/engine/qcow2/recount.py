@@ -37,7 +37,7 @@ _MAX_CUT = 1 << 20
 _KEPT_BYTES = 16 * MiB
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """Of the active disk, in clusters, as qemu counts them. image_end: bytes of the file up to the
     last cluster in use.
@@ -106,7 +106,7 @@ class _Recount:
         self.reach = np.full((2, len(found.tables.offset)), -1, dtype=np.int64)
         self.cut: list[Int64Array] = []
         self.done = 0
-        self.statistics = Statistics(total=self.geometry.clusters(metadata.virtual_size))
+        self.allocated = self.fragmented = self.compressed = self.image_end = 0
 
     def run(self) -> Statistics:
         """Window by window; the first one discovers which others there are."""
@@ -120,7 +120,13 @@ class _Recount:
             self._run_window(number * self.step, first=not done)
             done.add(number)
         self._report_progress(len(tables.offset) - self.done)
-        return self.statistics
+        return Statistics(
+            total=self.geometry.clusters(self.metadata.virtual_size),
+            allocated=self.allocated,
+            fragmented=self.fragmented,
+            compressed=self.compressed,
+            image_end=self.image_end,
+        )
 
     def _report_progress(self, tables: int) -> None:
         self.done += tables
@@ -145,7 +151,7 @@ class _Recount:
         cut = np.concatenate(self.cut) if self.cut else np.zeros(0, dtype=np.int64)
         compare_counts(self.log, window, bits=self.bits, file_clusters=self.file_clusters, cut=cut)
         end = (window.last_used(self.file_clusters) + 1) << self.bits
-        self.statistics.image_end = max(self.statistics.image_end, end)
+        self.image_end = max(self.image_end, end)
 
     # What the file says
 
@@ -295,10 +301,9 @@ class _Recount:
         edges = np.searchsorted(links.where, starts)
         edges = edges[(edges > 0) & (edges < len(links.where)) & (np.diff(edges, prepend=0) > 0)]
         fragmented = int(np.count_nonzero(apart)) - int(np.count_nonzero(apart[edges - 1]))
-        statistics = self.statistics
-        statistics.allocated += len(links.host) + links.packed
-        statistics.compressed += links.packed
-        statistics.fragmented += fragmented + links.packed
+        self.allocated += len(links.host) + links.packed
+        self.compressed += links.packed
+        self.fragmented += fragmented + links.packed
 
 
 def _keep_memory() -> None:

@@ -17,7 +17,8 @@ class VhdTarget:
     def __init__(self, storage: Storage, writer: VhdBulkWriter) -> None:
         self._storage = storage
         self._writer = writer
-        self.unit = self.grain = writer.unit
+        # A sector bitmap lies before each block: two blocks are never in one piece.
+        self.unit = self.grain = self.direct_limit = writer.unit
 
     def place(self, chunk: Chunk) -> list[Write]:
         """See `BulkTarget.place`."""
@@ -32,7 +33,8 @@ class VhdTarget:
         """Nothing is zero already: what is not written reads so."""
 
     def place_direct(self, start: int, length: int) -> tuple[Storage, int]:
-        """One block at a time: a sector bitmap lies before each."""
+        """See `BulkTarget.place_direct`."""
+        assert length == self.unit, f"{length} bytes are not one block"
         return self._storage, self._writer.place(start // self.unit)
 
     def finish(self) -> None:
