@@ -98,8 +98,28 @@ def all_cases() -> tuple[Case, ...]:
         SIZES,
         STORAGES,
     )
-    names = tuple(Case.__dataclass_fields__)
-    cases = (Case(**dict(zip(names, values, strict=True))) for values in axes)
+    cases = (
+        Case(
+            cluster_size=cluster_size,
+            refcount_bits=refcount_bits,
+            compat=compat,
+            extended_l2=extended_l2,
+            compression=compression,
+            preallocation=preallocation,
+            size=size,
+            storage=storage,
+        )
+        for (
+            cluster_size,
+            refcount_bits,
+            compat,
+            extended_l2,
+            compression,
+            preallocation,
+            size,
+            storage,
+        ) in axes
+    )
     return tuple(case for case in cases if case.possible())
 
 

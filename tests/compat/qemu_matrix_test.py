@@ -54,7 +54,7 @@ GROUPS = dict(groups())
 
 @pytest.fixture(autouse=True)
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """qemu takes a relative name of a data file from its working directory, not from the image's."""
+    """qemu looks for a data file below its working directory, not below that of the image."""
     monkeypatch.chdir(tmp_path)
 
 

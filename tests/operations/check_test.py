@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,14 @@ from qcowkit.testing.qcow2_builder import (
     BuiltImage,
     Compressed,
     Data,
-    ImageSpec,
     SnapshotSpec,
     Verbatim,
     Zero,
     build_qcow2,
     make_luks_area,
 )
-from qcowkit.testing.vhd_builder import DIFFERENCING, FIXED, VhdBuilder
-from qcowkit.units import GiB, KiB, MiB
+from qcowkit.units import KiB, MiB
 from tests.command import qcow
-from tests.peers import run_peer
 
 CLUSTER = 4 * KiB
 COPIED = 1 << 63
@@ -537,129 +532,3 @@ def test_the_command_gives_the_exit_codes_of_qemu_img(tmp_path: Path) -> None:
     path.write_bytes(bytes(4096))
     assert qcow("check", path, code=63).out == b""
     assert qcow("check", tmp_path / "missing", code=1).out == b""
-
-
-# VHD
-
-
-def vhd(**changes: Any) -> VhdBuilder:
-    return VhdBuilder(size=3 * BLOCK, **changes).block(0, b"zero").block(1, b"one")
-
-
-def test_a_sound_vhd_is_clean() -> None:
-    result = check(bytes(vhd().build()), "vpc")
-    assert texts(result) == []
-    assert (result.total_clusters, result.allocated_clusters, result.fragmented_clusters) == (
-        3,
-        2,
-        0,
-    )
-
-
-def test_a_fixed_vhd_is_clean() -> None:
-    image = VhdBuilder(size=BLOCK, disk_type=FIXED).build(b"content")
-    assert check(bytes(image), "vpc").verdict is Verdict.CLEAN
-
-
-def spoil_entries(*entries: int) -> bytes:
-    """Three blocks; the table of every file here is one sector at 1536, blocks begin at 2048."""
-    image = vhd().block(2, b"two").build()
-    for index, sector in enumerate(entries):
-        if sector >= 0:
-            struct.pack_into(">I", image, 1536 + 4 * index, sector)
-    return bytes(image)
-
-
-@pytest.mark.parametrize(
-    ("entries", "expected"),
-    [
-        ((-1, 4), "entry 1: the block at sector 4 shares sectors with another block"),
-        ((-1, 5), "entry 1: the block at sector 5 shares sectors with another block"),
-        ((-1, 2), "entry 1: the block at sector 2 lies before sector 4, where the table ends"),
-        ((-1, 9000), "entry 1: the block at sector 9000 reaches beyond the last byte for blocks, "
-                     "0x3e00"),
-    ],
-)  # fmt: skip
-def test_a_block_in_a_wrong_place_is_reported(entries: Sequence[int], expected: str) -> None:
-    result = check(spoil_entries(*entries), "vpc")
-    assert texts(result) == [f"corruption: block allocation table at host offset 0x600, {expected}"]
-
-
-def test_a_missing_footer_is_reported() -> None:
-    image = vhd().build()
-    found = texts(check(bytes(image[:-512]), "vpc"))
-    assert found == [
-        f"corruption: VHD footer at host offset {len(image) - 1024:#x}: it is missing or damaged; "
-        "the copy at the start counts"
-    ]
-
-
-def test_footers_that_differ_are_reported() -> None:
-    image = vhd().build()
-    other = vhd()
-    other.footer["timestamp"] = 0x0100_0000
-    image[-512:] = other.encode_footer()
-    (found,) = texts(check(bytes(image), "vpc"))
-    assert "it differs from the copy at the start, first in byte 24" in found
-
-
-def test_data_below_clear_bits_of_a_dynamic_disk_are_reported() -> None:
-    image = vhd().block(2, b"\1" * BLOCK, bitmap=b"\x0f").build()
-    (found,) = texts(check(bytes(image), "vpc"))
-    assert "block 2 has data in 4 sectors with a clear bit, first in sector 0" in found
-
-
-def test_zeros_below_clear_bits_are_no_fault() -> None:
-    image = vhd().block(2, bytes(2048) + b"\1" * 2048, bitmap=b"\x0f").build()
-    assert check(bytes(image), "vpc").verdict is Verdict.CLEAN
-
-
-def test_clear_bits_of_a_differencing_disk_are_no_fault() -> None:
-    builder = vhd(disk_type=DIFFERENCING).block(2, b"\1" * BLOCK, bitmap=b"\x0f")
-    image = builder.locator(b"W2ru", ".\\parent.vhd".encode("utf-16-le")).build()
-    assert check(bytes(image), "vpc").verdict is Verdict.CLEAN
-
-
-# Differential
-
-PEERS: dict[str, tuple[str, Sequence[str]]] = {
-    "plain": ("", ("write 0 1M", "write 5M 64k", "write -z 1M 128k", "discard 64k 64k")),
-    "small clusters": ("cluster_size=512", ("write 0 100k", "write 1M 3k", "write 50k 1k")),
-    "extended": ("extended_l2=on", ("write 2k 2k", "write 1M 70k", "write -z 1M 4k")),
-    "compressed": ("", ("write -c 0 64k", "write -c 64k 64k", "write 300k 64k")),
-    "wide refcounts": ("refcount_bits=64,cluster_size=4k", ("write 0 3M",)),
-    "narrow refcounts": ("refcount_bits=1,cluster_size=4k", ("write 0 3M", "write -z 0 8k")),
-    "old": ("compat=0.10", ("write 0 1M", "write 7M 64k")),
-}
-
-
-@pytest.mark.peer("qemu-img", "qemu-io")
-@pytest.mark.parametrize(("options", "commands"), PEERS.values(), ids=PEERS)
-@pytest.mark.parametrize("snapshot", [False, True])
-def test_the_json_equals_that_of_qemu_img(
-    tmp_path: Path, options: str, commands: Sequence[str], snapshot: bool
-) -> None:
-    path = tmp_path / "disk.qcow2"
-    flags = ["-o", options] if options else []
-    run_peer("qemu-img", "create", "-q", "-f", "qcow2", *flags, path, "16M")
-    steps = [part for command in commands for part in ("-c", command)]
-    run_peer("qemu-io", *steps, path)
-    if snapshot and "refcount_bits=1" not in options:
-        run_peer("qemu-img", "snapshot", "-c", "first", path)
-        run_peer("qemu-io", "-c", "write 200k 64k", "-c", "write 10M 64k", path)
-    theirs = json.loads(run_peer("qemu-img", "check", "--output=json", path))
-    assert qcow("check", "--output=json", path).json() == theirs
-
-
-@pytest.mark.peer("qemu-img")
-@pytest.mark.parametrize("value", [0, 2])
-def test_damaged_refcounts_are_counted_as_by_qemu_img(tmp_path: Path, value: int) -> None:
-    image = build_qcow2(
-        ImageSpec(size=GiB, cluster_bits=16, clusters=dict.fromkeys(range(0, 9000, 100), b"x"))
-    )
-    for index in range(10, 60, 5):
-        set_count(image, index * 64 * KiB, value)
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(image.to_bytes())
-    theirs = json.loads(run_peer("qemu-img", "check", "--output=json", path, status=2))
-    assert qcow("check", "--output=json", path, code=2).json() == theirs

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
         _install_signals()
+        # numpy loads a library that starts a thread a processor for linear algebra: none is used.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # A file name is bytes: it leaves as it came, whatever the locale.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from qcowkit.engine.memory import keep_freed_memory
 from qcowkit.extents.algebra import clip, overlay
 from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
 from qcowkit.image.lineage import Layer
@@ -20,6 +21,7 @@ from qcowkit.units import MiB, align_down
 
 # Table entries decoded for one window of `iter_extents`.
 WINDOW_ENTRIES = 1 << 17
+_LEAST_ENTRIES = 1 << 12
 _READ_WINDOW = 8 * MiB
 _DATA_OR_ZERO = int(Flag.DATA | Flag.ZERO)
 
@@ -98,9 +100,12 @@ class Chain:
     ) -> Iterator[ExtentTable]:
         """The same by windows of bounded memory, each ending at a multiple of `align` (a power of
         two) or at the end of the range."""
+        keep_freed_memory()
         stop = self.size if length is None else start + length
+        # The tables of all layers are held at once: a deep chain takes shorter windows.
+        limit = max(_LEAST_ENTRIES, WINDOW_ENTRIES // len(self.images))
         while start < stop:
-            table = self.extents(start=start, length=stop - start, limit=WINDOW_ENTRIES)
+            table = self.extents(start=start, length=stop - start, limit=limit)
             if table.end < stop and align_down(table.end, align) > start:
                 table = clip(table, start, align_down(table.end, align))
             elif table.end < stop and table.end % align:

@@ -8,14 +8,15 @@ import numpy as np
 
 from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.entries import EntryRules
+from qcowkit.engine.holes import load_host_data, mark_holes
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
 from qcowkit.errors import RequestError, UnsupportedFeature
-from qcowkit.extents.algebra import split_at
-from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import Extent, ExtentTable, Flag
 from qcowkit.image.plain import check_range, read_plain
 from qcowkit.storage.protocol import Storage
 
@@ -50,15 +51,24 @@ class Qcow2Image:
         self.clusters = ClusterReader(
             storage, kind=metadata.compression_type, cluster_size=self.cluster_size
         )
-        self._probe_holes: bool | None = None
+        self._host_data: RangeSet | None = None
+        self._asked_host = False
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """See `Image.extents`."""
         check_range(start=start, length=length, size=self.size)
         table = self.mapping.extents(start=start, length=length, limit=limit)
-        if self._probe_holes is None:
-            self._probe_holes = holds_unwritten_clusters(self.storage, self.metadata)
-        return mark_holes(table, self.data_storage) if self._probe_holes else table
+        if not self._asked_host:
+            self._host_data = self._ask_host()
+            self._asked_host = True
+        return table if self._host_data is None else mark_holes(table, self._host_data)
+
+    def _ask_host(self) -> RangeSet | None:
+        """Where the host has data, if this image was preallocated and so is worth asking for."""
+        external = self.metadata.data_file
+        if external or not holds_unwritten_clusters(self.storage, self.metadata):
+            return None
+        return load_host_data(self.storage)
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""
@@ -74,30 +84,6 @@ class Qcow2Image:
         self.storage.close()
         if self.data_storage is not self.storage:
             self.data_storage.close()
-
-
-def mark_holes(table: ExtentTable, storage: Storage) -> ExtentTable:
-    """DATA rows of a preallocated file, cut where the host has holes: those get ZERO as well."""
-    parts: list[ExtentTable] = []
-    plain = Flag.DATA | Flag.COMPRESSED
-    for index in range(len(table)):
-        row = table.take(slice(index, index + 1))
-        if int(row.flags[0]) & plain == Flag.DATA and int(row.host[0]) >= 0:
-            row = _mark_row(row, storage)
-        parts.append(row)
-    return concatenate(parts)
-
-
-def _mark_row(row: ExtentTable, storage: Storage) -> ExtentTable:
-    start, length, host = row.begin, row.end - row.begin, int(row.host[0])
-    data = list(storage.iter_data(offset=host, length=length))
-    cuts = [edge - host + start for offset, size in data for edge in (offset, offset + size)]
-    pieces = split_at(row, np.array(cuts, dtype=np.int64))
-    inside = np.zeros(len(pieces), dtype=bool)
-    for offset, size in data:
-        inside |= (pieces.host >= offset) & (pieces.host < offset + size)
-    pieces.flags[~inside] |= np.uint16(Flag.ZERO)
-    return pieces
 
 
 def _open_mapping(

@@ -39,6 +39,7 @@ class DiskFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move the cursor; a negative result raises RequestError."""
+        self._check_open()
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}
         if whence not in base:
             raise RequestError(f"whence {whence} is not one of 0, 1, 2")
@@ -50,9 +51,15 @@ class DiskFile(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill the buffer as far as the disk reaches; 0 at its end."""
+        self._check_open()
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self._disk.size - self._position))
         if count:
             self._disk.read_into(view[:count], offset=self._position)
             self._position += count
         return count
+
+    def _check_open(self) -> None:
+        # The exception that every file object of Python raises then.
+        if self.closed:
+            raise ValueError("the file is closed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -14,7 +15,6 @@ from qcowkit.image.chain import data_rows
 from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image
 from qcowkit.units import MiB, align_down
-
 
 # What `Salvaged` gives up at once when tables cannot be read, bytes.
 _STEP = 2 * MiB
@@ -138,7 +138,7 @@ class Salvaged:
     def __init__(self, disk: Disk, *, report: Callable[[int, int, str], None]) -> None:
         self._disk = disk
         self._report = report
-        self._lost: dict[int, int] = {}
+        self._lost: list[tuple[int, int]] = []
         self.size = disk.size
         self.images = disk.images
 
@@ -163,7 +163,7 @@ class Salvaged:
                 for table in self._disk.iter_extents(start=start, length=end - start):
                     start = table.end
                     yield table
-                span *= 2
+                span = max(2 * span, _STEP)
             except (CorruptMetadata, StorageError) as error:
                 span = min(span, end - start) // 2
                 if end - start <= _STEP:
@@ -171,16 +171,15 @@ class Salvaged:
 
     def _next_spot(self, start: int, end: int) -> tuple[int, bool]:
         """How far [start, end) is of one kind, and whether it is lost."""
-        for begin in sorted(self._lost):
-            stop = self._lost[begin]
-            if begin <= start < stop:
-                return min(end, stop), True
-            if start < begin < end:
-                return begin, False
+        index = bisect(self._lost, start, key=lambda spot: spot[0])
+        if index and start < self._lost[index - 1][1]:
+            return min(end, self._lost[index - 1][1]), True
+        if index < len(self._lost):
+            end = min(end, self._lost[index][0])
         return end, False
 
     def _give_up(self, start: int, end: int, why: str) -> None:
-        self._lost[start] = end
+        insort(self._lost, (start, end))
         self._report(start, end - start, why)
 
     def read_table(self, table: ExtentTable, buffer: memoryview) -> None:

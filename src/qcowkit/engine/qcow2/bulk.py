@@ -26,6 +26,8 @@ from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
 _ZEROS = bytes(1 * MiB)
+# Clusters counted before finished refcount blocks are written: bounds memory.
+_REFCOUNT_STEP = 1 << 20
 
 
 class Qcow2BulkWriter:
@@ -250,7 +252,10 @@ class Qcow2BulkWriter:
         clusters = self._spec.geometry.clusters(self._spec.size)
         if not self._external:
             self._cursor = self._layout.data_offset + clusters * self._size
-            self._refcounts.add_run(self._layout.data_offset // self._size, clusters)
+            first, end = self._layout.data_offset // self._size, self._cursor // self._size
+            for at in range(first, end, _REFCOUNT_STEP):
+                self._refcounts.add_run(at, min(_REFCOUNT_STEP, end - at))
+                self._refcounts.release_before(at)
 
 
 def _pack_bits(mask: npt.NDArray[np.bool_]) -> Uint64Array:

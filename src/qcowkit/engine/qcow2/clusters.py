@@ -51,9 +51,13 @@ class ClusterReader:
             return
         for begin, length, rows in plan_spans(runs):
             raw = memoryview(self._storage.pread(length, offset=begin))
+            data, decoded = b"", -1
             for row in rows:
-                at = row.host - begin
-                data = self.decode(raw[at : at + row.stored], host=row.host)
+                # A cluster that upper layers have cut to pieces is decoded once.
+                if row.host != decoded:
+                    at = row.host - begin
+                    data = self.decode(raw[at : at + row.stored], host=row.host)
+                    decoded = row.host
                 self._put(row, data, buffer, base)
 
     def read_stored(self, run: Extent) -> bytes:

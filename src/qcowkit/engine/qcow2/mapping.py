@@ -28,6 +28,7 @@ from qcowkit.extents.table import (
 
 # Entries decoded at once: some tens of megabytes of columns at the worst.
 WINDOW_ENTRIES = 1 << 18
+_L1_STEP = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +41,17 @@ class Mapping:
     size: int
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
-        """As `Image.extents`: covers less than asked after about `limit` decoded entries."""
+        """As `Image.extents`: covers less than asked once about `limit` rows may have come."""
         stop = start + length
         parts: list[ExtentTable] = []
+        # An entry may become as many rows as its cluster has subclusters.
+        weight = self.rules.geometry.subcluster_count
         position, spent = start, 0
         while position < stop and (limit is None or spent < limit):
-            entries = WINDOW_ENTRIES if limit is None else min(WINDOW_ENTRIES, limit - spent)
-            table, used = self._window(position, stop, max(1, entries))
+            rows = WINDOW_ENTRIES if limit is None else min(WINDOW_ENTRIES, limit - spent)
+            table, used = self._window(position, stop, max(1, rows // weight))
             parts.append(table)
-            position, spent = table.end, spent + used
+            position, spent = table.end, spent + used * weight
         return concatenate(parts)
 
     def _window(self, start: int, stop: int, entries: int) -> tuple[ExtentTable, int]:
@@ -58,19 +61,30 @@ class Mapping:
         first, last = start // coverage, (stop - 1) // coverage
         if first == last:
             return self._one_table(first, start, stop, entries)
-        most = max(1, entries // geometry.l2_entries)
-        used = np.flatnonzero(self.l1[first : last + 1] & np.uint64(OFFSET_MASK)) + first
+        most = entries // geometry.l2_entries
+        used = self._used_tables(first, last + 1, most + 1)
         if len(used) > most:
             # Everything up to the first table that no longer fits.
-            last = int(used[most]) - 1
+            last = int(used[most]) - 1 if most or used[0] > first else first
             used = used[:most]
             stop = min(stop, (last + 1) * coverage)
-        if len(used) == 0:
-            return single(start, stop - start, Flag.NONE), 0
         if first == last:
             return self._one_table(first, start, stop, entries)
+        if len(used) == 0:
+            return single(start, stop - start, Flag.NONE), 0
         table = self._fill_gaps(self._tables(used), first * coverage, (last + 1) * coverage)
         return clip(table, start, stop), len(used) * geometry.l2_entries
+
+    def _used_tables(self, first: int, stop: int, most: int) -> Int64Array:
+        """The first `most` L1 indices in [first, stop) with a table; looks no further than that."""
+        found: list[Int64Array] = []
+        count = 0
+        while first < stop and count < most:
+            part = self.l1[first : min(stop, first + _L1_STEP)] & np.uint64(OFFSET_MASK)
+            used = (np.flatnonzero(part) + first).astype(np.int64)
+            found.append(used)
+            first, count = first + _L1_STEP, count + len(used)
+        return np.concatenate(found)[:most]
 
     def _one_table(
         self, index: int, start: int, stop: int, entries: int

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from qcowkit.codecs.qcow2.entries import EntryRules, split_words
 from qcowkit.codecs.qcow2.refcount_block import view_refcounts
 from qcowkit.engine.findings import Effort, FindingLog
+from qcowkit.engine.memory import keep_freed_memory
 from qcowkit.engine.qcow2.counters import SATURATED, WINDOW, Window
 from qcowkit.engine.qcow2.l2_audit import Links, find_links, ignore_faults
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
@@ -33,8 +34,6 @@ from qcowkit.units import MiB, ceil_div
 # Read and decoded at once: it should stay in the cache of a processor.
 _BATCH_BYTES = MiB
 _MAX_CUT = 1 << 20
-# Above all temporary arrays of a batch, below the largest that the C library takes as a hint.
-_KEPT_BYTES = 16 * MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,7 @@ def recount(
     power of two that is a multiple of what a refcount block counts. Raises StorageError,
     OperationError where the image is too complex, and Cancelled."""
     assert window_clusters % metadata.geometry.refcounts_per_block == 0
-    _keep_memory()
+    keep_freed_memory()
     found = survey(storage, metadata, log=log, effort=effort)
     return _Recount(storage, metadata, found, log, effort, window_clusters).run()
 
@@ -304,13 +303,6 @@ class _Recount:
         self.allocated += len(links.host) + links.packed
         self.compressed += links.packed
         self.fragmented += fragmented + links.packed
-
-
-def _keep_memory() -> None:
-    """Once a big block was freed, the C library keeps the memory of smaller ones for the next.
-
-    Otherwise each batch faults its pages in anew, which is half of the time of a check."""
-    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 def _touched(links: Links, bits: int) -> list[tuple[Int64Array, Int64Array]]:

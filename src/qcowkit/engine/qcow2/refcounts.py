@@ -11,7 +11,7 @@ from qcowkit.codecs.qcow2.refcount_block import count_used
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.tables import read_words
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import MiB
+from qcowkit.units import MiB, ceil_div
 
 _READ = 4 * MiB
 BLOCK_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
@@ -65,7 +65,10 @@ def holds_unwritten_clusters(storage: Storage, metadata: Qcow2Metadata) -> bool:
     threshold = max(real * 10 // 9, real + 2)
     if storage.size() // size + 1 < threshold:
         return False
-    table = load_refcount_table(storage, metadata)
+    # Blocks that count nothing within the file have no say, and may be a million times the same.
+    clusters = ceil_div(storage.size(), size)
+    blocks = ceil_div(clusters, metadata.geometry.refcounts_per_block)
+    table = load_refcount_table(storage, metadata)[:blocks]
     used = 0
     for _, raw in iter_blocks(storage, table, cluster_size=size):
         used += count_used(raw, metadata.geometry.refcount_order)
