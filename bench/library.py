@@ -67,9 +67,11 @@ class Library:
 
     def _data_of(self, name: str) -> int:
         kind = name.partition("_")[0]
-        sizes = {"disk": self.scale.disk, "big": self.scale.big}
-        # A page an L2 table, or 10 bytes an extent.
-        return sizes.get(kind, max(4096 * self.scale.spots, 16 * self.scale.extents))
+        scale = self.scale
+        # Of the others: a page an L2 table, or 10 bytes an extent and some more.
+        others = {"vast": 4096 * scale.spots, "huge": 200 * scale.extents}
+        sizes = {"disk": scale.disk, "big": scale.big, **others}
+        return sizes.get(kind, 20 * scale.extents)
 
     def _require(self, wanted: int) -> None:
         found = free_bytes(self.folder)
@@ -124,6 +126,10 @@ def _fragmented(library: Library, path: Path) -> None:
     make_fragmented(path, library.scale.extents)
 
 
+def _huge(library: Library, path: Path) -> None:
+    make_fragmented(path, 10 * library.scale.extents)
+
+
 def _vast(library: Library, path: Path) -> None:
     make_fragmented(path, library.scale.spots, step=library.scale.vast_step)
 
@@ -137,5 +143,6 @@ RECIPES: dict[str, Callable[[Library, Path], None]] = {
     "disk_zstd": _converted("disk_raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"),
     "disk_vpc": _converted("disk_raw", "-O", "vpc"),
     "fragmented": _fragmented,
+    "huge": _huge,
     "vast": _vast,
 }

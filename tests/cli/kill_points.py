@@ -1,9 +1,9 @@
 """Run a command again and again, each time killed at a later call into the system.
 
-Started as a process of its own: `kill_points.py TARGET STEP WORD...`. It forks for each run, so that
-the command begins from the same state, and prints one JSON line a run: the call at which it was
-killed (0 for the run that came to its end), the digest of TARGET or null, and the names of the parts
-that lie beside it. TARGET is set back before each run; parts are not."""
+Started as a process of its own: `kill_points.py TARGET WORD...`. It forks for each run, so that the
+command begins from the same state, and writes one JSON line a run: the call at which it was killed
+(0 for the run that came to its end), the digest of TARGET or null, and the names of the parts that
+lie beside it. TARGET is set back before each run; parts are not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qcowkit.cli.commands import convert
 from qcowkit.cli.main import main
 
+# Loaded here, once, rather than in every child.
+PRELOADED = (convert,)
 CALLS = (
     "open",
     "pwritev",
@@ -66,25 +69,28 @@ def run_killed(words: list[str], *, at: int) -> bool:
 
 
 def observe(target: Path, *, at: int) -> None:
-    """Print what lies there now."""
+    """Write what lies there now."""
     digest = hashlib.sha256(target.read_bytes()).hexdigest() if target.exists() else None
     parts = [path.name for path in target.parent.iterdir() if path.name.endswith(".part")]
-    print(json.dumps({"killed_at": at, "target": digest, "parts": parts}), flush=True)
+    line = json.dumps({"killed_at": at, "target": digest, "parts": parts})
+    sys.stdout.write(line + "\n")
+    # The next child must not inherit it.
+    sys.stdout.flush()
 
 
-def loop(target: Path, step: int, words: list[str]) -> None:
-    """Every `step`-th point of the command."""
+def loop(target: Path, words: list[str]) -> None:
+    """Every point of the command, one after the other."""
     before = target.read_bytes() if target.exists() else None
-    at, ended = 1, False
+    at, ended = 0, False
     while not ended:
         if before is None:
             target.unlink(missing_ok=True)
         else:
             target.write_bytes(before)
+        at += 1
         ended = run_killed(words, at=at)
         observe(target, at=0 if ended else at)
-        at += step
 
 
 if __name__ == "__main__":
-    loop(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    loop(Path(sys.argv[1]), sys.argv[2:])

@@ -65,10 +65,9 @@ class Qcow2Image:
 
     def _ask_host(self) -> RangeSet | None:
         """Where the host has data, if this image was preallocated and so is worth asking for."""
-        external = self.metadata.data_file
-        if external or not holds_unwritten_clusters(self.storage, self.metadata):
+        if not holds_unwritten_clusters(self.storage, self.metadata):
             return None
-        return load_host_data(self.storage)
+        return load_host_data(self.data_storage)
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""
