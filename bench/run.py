@@ -282,7 +282,8 @@ def main(given: Sequence[str] | None = None) -> int:
         say(f"kept: {keep(document).relative_to(ROOT)}")
     if document["whole"]:
         write_readme(document)
-    for line in missed(document["rows"]):
+    # The goals are about images of full size.
+    for line in missed(document["rows"]) if not args.quick else ():
         say(f"not reached: {line}")
     return 1 if any(row["failed"] for row in document["rows"]) else 0
 

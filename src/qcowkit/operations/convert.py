@@ -30,6 +30,7 @@ from qcowkit.operations.create import (
     qcow2_spec,
     refuse_overlap,
 )
+from qcowkit.operations.existing import existing_options
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
@@ -81,12 +82,12 @@ def convert(
     """Copy the sources, one behind the other, to `path`.
 
     A new file appears under its name when it is complete; an existing one survives any failure.
-    With `in_place`, and for block devices, the target is written directly. Raises any
-    QcowkitError."""
+    With `in_place` a raw target, and block devices always, are written directly; a qcow2 or VHD
+    target is replaced by a new image with its options. Raises any QcowkitError."""
     bad: list[tuple[int, int, str]] = []
     disk = _source(sources, options, bad)
     with Workers(options.threads, cancel=cancel) as workers:
-        if options.in_place or _is_device(path):
+        if _is_device(path) or (options.in_place and options.format == "raw"):
             _into_existing(disk, path, options, workers, progress)
             return Converted(size=disk.size, salvaged=tuple(sorted(bad)))
         size = _into_new(disk, path, options, workers, progress)
@@ -127,7 +128,7 @@ def _into_new(
     workers: Workers,
     progress: ProgressReport,
 ) -> int:
-    create = _create_options(options)
+    create = _create_options(path, disk, options)
     size = max(disk.size, options.size or 0, create.size or 0)
     if create.size is not None and create.size < disk.size:
         raise RequestError(
@@ -135,7 +136,7 @@ def _into_new(
         )
     refuse_overlap(path, create, read=_storages(disk))
     spec = qcow2_spec(create, size=size) if options.format == "qcow2" else None
-    if spec is not None and spec.backing_name is not None:
+    if spec is not None and spec.backing_name is not None and not options.in_place:
         if isinstance(disk, Concatenation):
             raise RequestError("a backing file excludes several sources")
         # What the source does not reach must not show the backing file either.
@@ -176,7 +177,7 @@ def _into_existing(
 ) -> None:
     if options.format != "raw":
         raise RequestError(
-            f"{os.fsdecode(path)}: only a raw target is written in place, found -O {options.format}"
+            f"{os.fsdecode(path)}: a device takes a raw disk, found -O {options.format}"
         )
     refuse_overlap(path, CreateOptions.of(options.format, {}), read=_storages(disk))
     with FileStorage.open(path, writable=True) as storage:
@@ -197,7 +198,11 @@ def _into_existing(
         storage.flush()
 
 
-def _create_options(options: ConvertOptions) -> CreateOptions:
+def _create_options(
+    path: str | os.PathLike[str], disk: Disk, options: ConvertOptions
+) -> CreateOptions:
+    if options.in_place:
+        return existing_options(path, options.format, source_size=disk.size)
     create = CreateOptions.of(options.format, options.create)
     return create.with_values(backing_file=options.backing, backing_fmt=options.backing_format)
 
@@ -219,7 +224,7 @@ def _rules(
         compress=compress,
         cluster_size=spec.geometry.cluster_size if spec is not None else 0,
         verbatim=_verbatim(disk, options, spec),
-        top_only=based,
+        top_only=based and not options.in_place,
         zero_as_data=based and spec is not None and spec.version < 3,
         everything=options.sparse_size == 0,
         host_copy=host_copy,
@@ -286,11 +291,14 @@ def count_clusters(disk: Disk, spec: Qcow2Spec, options: ConvertOptions) -> tupl
     geometry = spec.geometry
     if options.sparse_size == 0:
         return geometry.l1_entries(spec.size), geometry.clusters(spec.size)
-    wanted = Flag.DATA | Flag.ZERO if spec.backing_name is not None else Flag.DATA
+    based = spec.backing_name is not None and not options.in_place
+    # Over a backing file that stays, every zero must be said.
+    all_tables = spec.backing_name is not None and options.in_place
+    wanted = Flag.DATA | Flag.ZERO if based else Flag.DATA
     clusters = tables = 0
     last_cluster = last_table = -1
     for table in disk.iter_extents():
-        if spec.backing_name is not None:
+        if based:
             table = only_top(table)
         touched = rows_of(table, wanted).scale_outward(geometry.cluster_size)
         below = rows_of(table, wanted).scale_outward(geometry.l2_coverage)
@@ -299,7 +307,7 @@ def count_clusters(disk: Disk, spec: Qcow2Spec, options: ConvertOptions) -> tupl
         tables += below.difference(_upto(last_table)).total
         if len(touched):
             last_cluster, last_table = int(touched.stop[-1]) - 1, int(below.stop[-1]) - 1
-    return tables, clusters
+    return geometry.l1_entries(spec.size) if all_tables else tables, clusters
 
 
 def _upto(last: int) -> RangeSet:
