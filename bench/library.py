@@ -56,9 +56,9 @@ class Library:
             self._made[name] = path
         return self._made[name]
 
-    def require_output(self, name: str) -> None:
-        """Raise NoRoom unless a copy of the image fits."""
-        self._require(self._data_of(name) + 64 * MiB)
+    def require_room(self, name: str, *, copies: int) -> None:
+        """Raise NoRoom unless so many copies of the image fit."""
+        self._require(copies * self._data_of(name) + 64 * MiB)
 
     def keep_only(self, names: set[str]) -> None:
         """Remove the images that no row needs any more."""

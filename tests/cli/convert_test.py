@@ -277,7 +277,7 @@ def test_a_target_that_is_zero_is_not_zeroed_again(raw: Path, disk: bytes, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-n", "-O", "qcow2"], "header field magic at host offset 0x0: eeeeeeee, expected 514649fb"),
+        (["-n", "-O", "qcow2"], "magic at host offset 0x0: eeeeeeee, expected 514649fb"),
         (["-n"], "the target has 512 bytes, the source 3146240: it does not fit"),
         (["--target-is-zero"], "--target-is-zero needs -n"),
         (["-n", "-o", "size=1M"], "-n excludes -o"),

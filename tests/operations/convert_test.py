@@ -410,12 +410,17 @@ def test_compressed_clusters_travel_as_they_are(kind: str) -> None:
     copy("s.raw", "s.qcow2", source_format="raw", format="qcow2", compress=True, create=level)
     copy("s.qcow2", "t.qcow2", format="qcow2", compress=True, create=create)
     assert content("t.qcow2") == padded(data)
-    assert stored("t.qcow2") == stored("s.qcow2")
+    pairs = list(zip(stored("t.qcow2"), stored("s.qcow2"), strict=True))
+    assert len(pairs) > 10
+    # The disk ends within the last cluster: that one is compressed anew.
+    assert all(new.startswith(old) for new, old in pairs[:-1])
 
 
-def stored(path: str) -> list[int]:
+def stored(path: str) -> list[bytes]:
     with opened(path) as disk:
-        return [row.stored // 512 for row in disk.extents()]
+        (image,) = disk.images
+        assert isinstance(image, Qcow2Image)
+        return [image.clusters.read_stored(row) for row in disk.extents() if row.stored]
 
 
 def test_the_number_of_threads_does_not_show() -> None:
@@ -532,26 +537,19 @@ def test_salvage_gives_up_a_spot_for_good(monkeypatch: pytest.MonkeyPatch) -> No
             raise StorageError("read", path="s", errno=errno.EIO)
         return extents(self, **range_)
 
-    monkeypatch.setattr(Qcow2Image, "extents", flaky)
-    with opened("s.qcow2") as disk:
+    with opened("s.qcow2") as disk, monkeypatch.context() as patched:
+        patched.setattr(Qcow2Image, "extents", flaky)
         done = convert([disk], "t", options=ConvertOptions(format="qcow2", salvage=True))
-    monkeypatch.undo()
-    (spot,) = done.salvaged
-    got, want = content("t"), content("s.qcow2")
-    assert got == want[: spot[0]] + bytes(spot[1]) + want[spot[0] + spot[1] :]
+    want = bytearray(content("s.qcow2"))
+    assert [spot[:2] for spot in done.salvaged] == [(0, 2 * MiB), (2 * MiB, 2 * MiB)]
+    want[: 4 * MiB] = bytes(4 * MiB)
+    assert content("t") == want
 
 
 def test_a_size_below_the_source_is_refused() -> None:
     Path("s.raw").write_bytes(b"x" * 4096)
     with pytest.raises(RequestError, match="size 512 of the target is less than the source's 4096"):
         copy("s.raw", "t", source_format="raw", format="raw", create={"size": 512})
-
-
-def test_only_raw_is_written_in_place() -> None:
-    Path("s.raw").write_bytes(b"x" * 4096)
-    Path("t").write_bytes(b"")
-    with pytest.raises(RequestError, match="only a raw target is written in place"):
-        copy("s.raw", "t", source_format="raw", format="qcow2", in_place=True)
 
 
 def test_a_snapshot_is_a_source_of_its_own() -> None:

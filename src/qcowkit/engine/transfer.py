@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,16 @@ class UnitState(IntEnum):
     DATA = 2
 
 
+class Blob(NamedTuple):
+    """One compressed cluster. phase: host offset modulo a sector that it must keep, -1 for any.
+
+    A cluster that is copied as stored reaches to the end of its last sector; with its phase kept
+    it does so again, and does not grow from one copy to the next."""
+
+    data: bytes
+    phase: int = -1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A guest range that was read. start, length: bytes; start is a multiple of the target's unit.
@@ -38,7 +48,7 @@ class Chunk:
     length: int
     states: npt.NDArray[np.uint8]
     view: memoryview
-    blobs: Sequence[bytes | None] = ()
+    blobs: Sequence[Blob | None] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

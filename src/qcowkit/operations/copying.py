@@ -19,7 +19,7 @@ from qcowkit.engine.executor import (
     Workers,
     ignore_progress,
 )
-from qcowkit.engine.transfer import BulkTarget, Chunk, UnitState
+from qcowkit.engine.transfer import Blob, BulkTarget, Chunk, UnitState
 from qcowkit.extents.algebra import clip, units_with
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag
@@ -27,7 +27,7 @@ from qcowkit.extents.zeros import zero_units
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.views import Disk
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import KiB, MiB, align_down, align_up, ceil_div
+from qcowkit.units import SECTOR, KiB, MiB, align_down, align_up, ceil_div
 
 WINDOW = 2 * MiB
 # Shorter runs are not worth a call into the host's file system of their own.
@@ -220,8 +220,8 @@ class Copier:
         table = clip(item.table, item.start, item.stop)
         length = item.stop - item.start
         view = buffer.data
-        blobs: list[bytes | None] = []
-        kept: dict[int, bytes] = {}
+        blobs: list[Blob | None] = []
+        kept: dict[int, Blob] = {}
         if self._rules.verbatim:
             table, kept = self._keep_compressed(table)
         self._disk.read_table(table, view[:length])
@@ -231,7 +231,7 @@ class Copier:
         return Chunk(start=item.start, length=length, states=states, view=view, blobs=tuple(blobs))
 
     def _states(
-        self, table: ExtentTable, data: npt.NDArray[np.uint8], kept: dict[int, bytes]
+        self, table: ExtentTable, data: npt.NDArray[np.uint8], kept: dict[int, Blob]
     ) -> npt.NDArray[np.uint8]:
         grain = self._target.grain
         count = ceil_div(len(data), grain)
@@ -249,14 +249,14 @@ class Copier:
             states[index * per_cluster : (index + 1) * per_cluster] = UnitState.DATA
         return states
 
-    def _keep_compressed(self, table: ExtentTable) -> tuple[ExtentTable, dict[int, bytes]]:
+    def _keep_compressed(self, table: ExtentTable) -> tuple[ExtentTable, dict[int, Blob]]:
         """Clusters that travel as they are, by index in the batch; the rest of the table reads
         them as zeros. The bytes may end with up to 511 of a neighbour's, as in the source."""
         size = self._rules.cluster_size
         begin = table.begin
         whole = ((table.flags & Flag.COMPRESSED) != 0) & (table.length == size)
         whole &= (table.start % size) == 0
-        kept: dict[int, bytes] = {}
+        kept: dict[int, Blob] = {}
         flags = table.flags.copy()
         for position in np.flatnonzero(whole).tolist():
             row = Extent(*next(table.take(slice(position, position + 1)).rows()))
@@ -264,9 +264,9 @@ class Copier:
                 continue
             image = self._disk.images[row.layer]
             assert isinstance(image, Qcow2Image), "only qcow2 has compressed clusters"
-            blob = image.clusters.read_stored(row)
-            if len(blob) < size:
-                kept[(row.start - begin) // size] = blob
+            stored = image.clusters.read_stored(row)
+            if len(stored) < size:
+                kept[(row.start - begin) // size] = Blob(stored, row.host % SECTOR)
                 flags[position] = Flag.ZERO | Flag.PRESENT
         shown = ExtentTable(
             start=table.start,
@@ -283,15 +283,15 @@ class Copier:
         buffer: npt.NDArray[np.uint8],
         length: int,
         states: npt.NDArray[np.uint8],
-        kept: dict[int, bytes],
-    ) -> list[bytes | None]:
+        kept: dict[int, Blob],
+    ) -> list[Blob | None]:
         size, compress = self._rules.cluster_size, self._rules.compress
         assert compress is not None, "a compressing copy has a compressor"
         padded = ceil_div(length, size) * size
         buffer[length:padded] = 0
         view = buffer.data
         per_cluster = size // self._target.grain
-        blobs: list[bytes | None] = []
+        blobs: list[Blob | None] = []
         for index in range(padded // size):
             units = states[index * per_cluster : (index + 1) * per_cluster]
             if index in kept:
@@ -300,7 +300,7 @@ class Copier:
                 blobs.append(None)
             else:
                 blob = compress(view[index * size : (index + 1) * size])
-                blobs.append(blob if len(blob) < size else None)
+                blobs.append(Blob(blob) if len(blob) < size else None)
         return blobs
 
     # Copying by the host.

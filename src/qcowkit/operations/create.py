@@ -144,12 +144,12 @@ def refuse_overlap(
     data, backing = data_path(path, options), options.text("backing_file")
     if data is not None and _same_file(path, data):
         raise RequestError(f"{data}: the data file cannot be the new image itself")
+    kept = {one.identity for one in read if isinstance(one, FileStorage)}
     targets = [os.fsdecode(path)] if data is None else [os.fsdecode(path), data]
     for target in targets:
-        identity = _identity(target)
         if backing is not None and _same_file(target, _beside(path, backing)):
             raise RequestError(f"{target}: is the backing file of the new image")
-        if any(isinstance(one, FileStorage) and one.identity == identity for one in read):
+        if _identity(target) in kept:
             raise RequestError(
                 f"{target}: is one of the files that are read, so it cannot be written"
             )

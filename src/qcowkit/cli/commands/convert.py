@@ -104,7 +104,8 @@ def _configure_target(parser: Parser) -> None:
         "-n",
         dest="in_place",
         action="store_true",
-        help="write into the existing TARGET, in place: a failure then leaves it half written",
+        help="TARGET exists: a raw one is written in place, and a failure leaves it half written; "
+        "a qcow2 or VHD one is replaced, when complete, by an image with its options",
     )
     parser.add_argument(
         "--target-is-zero",

@@ -21,9 +21,9 @@ from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout
 from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
 from qcowkit.engine.qcow2.spec import Qcow2Spec
-from qcowkit.engine.transfer import MAX_DIRECT, Chunk, UnitState, Write
+from qcowkit.engine.transfer import Blob, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import MiB, ceil_div
+from qcowkit.units import SECTOR, MiB, ceil_div
 
 _ZEROS = bytes(1 * MiB)
 # Clusters counted before finished refcount blocks are written: bounds memory.
@@ -198,8 +198,9 @@ class Qcow2BulkWriter:
                 if bitmaps is not None:
                     bitmaps[index] = np.uint64(ALL_ALLOCATED)
                 continue
-            host = self._squeeze(len(blob))
-            entries[index] = np.uint64(encode_compressed(host, len(blob), geometry=geometry))
+            host = self._squeeze(blob)
+            length = len(blob.data)
+            entries[index] = np.uint64(encode_compressed(host, length, geometry=geometry))
             if bitmaps is not None:
                 bitmaps[index] = np.uint64(0)
             if run and host != run_end:
@@ -207,8 +208,8 @@ class Qcow2BulkWriter:
                 run = []
             if not run:
                 run_at = host
-            run.append(blob)
-            run_end = host + len(blob)
+            run.append(blob.data)
+            run_end = host + length
         if run:
             writes.append(Write(storage=self._storage, buffers=run, offset=run_at))
         self._l2.put(first, entries, bitmaps)
@@ -222,16 +223,19 @@ class Qcow2BulkWriter:
         self._last_compressed = 0
         return host
 
-    def _squeeze(self, length: int) -> int:
-        """Host offset for `length` compressed bytes; each touched cluster gets a reference."""
+    def _squeeze(self, blob: Blob) -> int:
+        """Host offset for compressed bytes; each touched cluster gets a reference."""
         size, most = self._size, self._spec.geometry.refcount_max
+        before = (self._cursor - 1) // size
         # `_last_compressed` counts the blobs in the cluster under the cursor.
         if self._cursor % size and self._last_compressed >= most:
             self._cursor = ceil_div(self._cursor, size) * size
-        host = self._cursor
-        if host % size == 0:
-            self._last_compressed = 0
+        if blob.phase >= 0:
+            self._cursor += (blob.phase - self._cursor) % SECTOR
+        host, length = self._cursor, len(blob.data)
         first, last = host // size, (host + length - 1) // size
+        if first != before:
+            self._last_compressed = 0
         self._refcounts.add_run(first, last - first + 1)
         self._last_compressed = self._last_compressed + 1 if last == first else 1
         self._cursor = host + length
