@@ -313,6 +313,6 @@ def test_a_disk_of_8_tib_survives_qcow2_and_no_vhd_is_made_of_it(tmp_path: Path)
 def test_one_package_brings_the_command() -> None:
     """S004-12."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["scripts"] == {"qcow": "qcowkit.cli.main:main"}
+    assert project["project"]["scripts"] == {"qcow": "qcowkit.cli.main:process"}
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["src/qcowkit"]
     assert (SOURCE / "cli" / "main.py").is_file()

@@ -133,7 +133,9 @@ def shift(table: ExtentTable, delta: int) -> ExtentTable:
 
 def split_at(table: ExtentTable, offsets: npt.ArrayLike) -> ExtentTable:
     """Cut rows at the given guest offsets (any order, repeats allowed; those outside are idle)."""
-    cuts = np.unique(np.asarray(offsets, dtype=np.int64))
+    cuts = np.sort(np.asarray(offsets, dtype=np.int64).ravel())
+    if len(cuts):
+        cuts = cuts[np.append(True, cuts[1:] != cuts[:-1])]
     cuts = cuts[(cuts > table.begin) & (cuts < table.end)]
     if not len(cuts):
         return table

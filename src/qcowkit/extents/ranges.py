@@ -146,7 +146,9 @@ def _join_touching(start: Int64Array, stop: Int64Array) -> RangeSet:
 def _combine(left: RangeSet, right: RangeSet, rule: Callable[..., Any]) -> RangeSet:
     """Between two neighbouring edges of either set membership is constant: ask there once."""
     edges = np.concatenate((left.start, left.stop, right.start, right.stop))
-    edges = np.unique(edges)
+    # np.unique would do, but its first call imports a module as large as all of ours.
+    edges.sort()
+    edges = edges[np.append(True, edges[1:] != edges[:-1])] if len(edges) else edges
     begins, ends = edges[:-1], edges[1:]
     kept = rule(left.contains(begins), right.contains(begins))
     return _join_touching(begins[kept], ends[kept])

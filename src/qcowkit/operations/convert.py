@@ -289,11 +289,11 @@ def _can_share(disk: Disk, target: FileStorage) -> bool:
 def count_clusters(disk: Disk, spec: Qcow2Spec, options: ConvertOptions) -> tuple[int, int]:
     """Upper bounds for the layout: (L2 tables, data clusters) that the disk may need."""
     geometry = spec.geometry
-    if options.sparse_size == 0:
-        return geometry.l1_entries(spec.size), geometry.clusters(spec.size)
     based = spec.backing_name is not None and not options.in_place
     # Over a backing file that stays, every zero must be said.
     all_tables = spec.backing_name is not None and options.in_place
+    if options.sparse_size == 0 or (all_tables and spec.version < 3):
+        return geometry.l1_entries(spec.size), geometry.clusters(spec.size)
     wanted = Flag.DATA | Flag.ZERO if based else Flag.DATA
     clusters = tables = 0
     last_cluster = last_table = -1

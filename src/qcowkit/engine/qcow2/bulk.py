@@ -21,7 +21,7 @@ from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout
 from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
 from qcowkit.engine.qcow2.spec import Qcow2Spec
-from qcowkit.engine.transfer import Blob, Chunk, UnitState, Write
+from qcowkit.engine.transfer import MAX_DIRECT, Blob, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, MiB, ceil_div
 
