@@ -450,3 +450,27 @@ def test_dd_copies_the_blocks_that_were_asked_for(raw: Path, disk: bytes, tmp_pa
 def test_dd_beyond_the_end_copies_nothing(raw: Path, tmp_path: Path) -> None:
     qcow("dd", f"if={raw}", f"of={tmp_path / 'out'}", "bs=1M", "skip=9")
     assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_a_base_image_is_refused_for_formats_that_have_none(raw: Path, tmp_path: Path) -> None:
+    done = qcow("convert", "-B", raw, "-F", "raw", "-O", "vpc", raw, tmp_path / "t", code=1)
+    assert done.err == "qcow convert: -B: vpc images have no base image here, only qcow2\n"
+
+
+def test_a_base_image_that_is_not_there_is_an_error(raw: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t.qcow2"
+    flags = ["-B", "nothing.raw", "-F", "raw", "-O", "qcow2"]
+    done = qcow("convert", *flags, raw, target, code=1)
+    assert "nothing.raw: open: No such file or directory (ENOENT)" in done.err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("operands", [["-", "t.raw"], ["disk.raw", "-"]])
+def test_standard_streams_are_refused_and_make_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operands: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("disk.raw").write_bytes(bytes(512))
+    done = qcow("convert", "-f", "raw", *operands, code=1)
+    assert done.err.endswith("-: standard input and output are not supported as an image yet\n")
+    assert not Path("-").exists()

@@ -160,6 +160,9 @@ def add_gate(parser: Parser) -> None:
 
 def image_specs(args: Namespace, names: Iterable[str], *, format: str | None) -> list[ImageSpec]:
     """What to open for operands: plain names, or with --image-opts their descriptions."""
+    names = list(names)
+    for name in names:
+        refuse_stream(name)
     if not args.image_opts:
         return [ImageSpec(path=name, format=format) for name in names]
     if format is not None:
@@ -179,6 +182,12 @@ def _driver(spec: ImageSpec) -> str | None:
         return image_format(spec.format)
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"--image-opts: {error}") from error
+
+
+def refuse_stream(name: str) -> None:
+    """Raise RequestError for `-`, which must not become a file of that name."""
+    if name == "-":
+        raise RequestError("-: standard input and output are not supported as an image yet")
 
 
 def make_gate(args: Namespace) -> ReferenceGate:

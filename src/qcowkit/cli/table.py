@@ -66,7 +66,7 @@ VERBS = (
     Verb(name="create", summary="make a new, empty image"),
     Verb(name="dd", summary="copy a part of a disk"),
     _own("headers", "list the allocated clusters as JSON"),
-    _own("inspect", "judge a file of a stranger: is it safe to use?"),
+    _own("inspect", "judge whether a file of a stranger is safe to use"),
     _own("completion", "print the completion script of a shell"),
 )
 

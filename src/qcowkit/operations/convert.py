@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.compression import make_compressor
 from qcowkit.engine.batches import rows_of
 from qcowkit.engine.executor import ProgressReport, Workers, ignore_progress
@@ -25,6 +26,7 @@ from qcowkit.operations.create import (
     DEFAULT_SPARSE,
     CreateOptions,
     OptionValue,
+    backing_size,
     data_path,
     open_target,
     qcow2_spec,
@@ -141,6 +143,9 @@ def _into_new(
             raise RequestError("a backing file excludes several sources")
         # What the source does not reach must not show the backing file either.
         disk = Padded(disk, size=spec.size)
+    if options.backing is not None:
+        # A base that is missing, or of another format, would make an image that cannot be read.
+        backing_size(path, create, gate=None, budget=TRUSTED)
     if options.compress:
         assert spec is not None, "only qcow2 compresses"
         refuse_compressed_data_file(spec)

@@ -113,13 +113,25 @@ def create_image(
 
 
 def backing_size(
-    path: str | os.PathLike[str], options: CreateOptions, *, gate: ReferenceGate, budget: Budget
+    path: str | os.PathLike[str],
+    options: CreateOptions,
+    *,
+    gate: ReferenceGate | None,
+    budget: Budget,
 ) -> int:
     """Guest bytes of the base image that the options name, opened as the new image will see it.
 
-    The user names the base, not an image: it may lie anywhere; what it names itself may not."""
+    The user names the base, not an image: it may lie anywhere; what it names itself may not.
+    gate: None looks at the base alone."""
     base = _beside(path, str(options.text("backing_file")))
-    layers = open_layers(base, format=options.text("backing_fmt"), gate=gate, budget=budget)
+    layers = open_layers(
+        base,
+        format=options.text("backing_fmt"),
+        gate=gate or ReferenceGate.deny_all(),
+        budget=budget,
+        follow_backing=gate is not None,
+        follow_data=gate is not None,
+    )
     try:
         storages = [storage for layer in layers for storage in (layer.storage, layer.data_storage)]
         refuse_overlap(path, options, read=[storage for storage in storages if storage])

@@ -17,6 +17,7 @@ from qcowkit.cli.common import (
     count_argument,
     image_format,
     image_specs,
+    refuse_stream,
     size_argument,
     snapshot_name,
     warn,
@@ -97,7 +98,10 @@ def _configure_target(parser: Parser) -> None:
     )
     parser.add_argument("-c", "--compress", action="store_true", help="compress the clusters")
     parser.add_argument(
-        "-B", dest="backing", metavar="FILE", help="keep only what differs from this base image"
+        "-B",
+        dest="backing",
+        metavar="FILE",
+        help="copy only what the source holds above its own base: FILE is the new image's base",
     )
     add_format(parser, "-F", dest="backing_format", what="the base image")
     parser.add_argument(
@@ -245,6 +249,9 @@ def check_flags(args: Namespace) -> None:
     for wrong, flag, other in needed:
         if wrong:
             raise RequestError(f"{flag} needs {other}")
+    if args.backing is not None and args.target_format != "qcow2":
+        raise RequestError(f"-B: {args.target_format} images have no base image here, only qcow2")
+    refuse_stream(args.target)
     if args.compress and args.target_format != "qcow2":
         raise RequestError(f"-c: {args.target_format} images cannot be compressed, only qcow2")
     if args.coroutines is not None and not 1 <= args.coroutines <= _MAX_COROUTINES:

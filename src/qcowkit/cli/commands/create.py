@@ -12,6 +12,7 @@ from qcowkit.cli.common import (
     add_quiet,
     image_format,
     make_gate,
+    refuse_stream,
     size_argument,
 )
 from qcowkit.cli.create_options import OptionValue, options_help, parse_create_options
@@ -74,6 +75,7 @@ def run(args: Namespace) -> int:
         return exits.SUCCESS
     if args.file is None:
         raise RequestError("FILE is missing")
+    refuse_stream(args.file)
     parse_objects(args.objects)
     values = merged_options(args)
     made = create_image(

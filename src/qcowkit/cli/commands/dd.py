@@ -12,6 +12,7 @@ from qcowkit.cli.common import (
     add_progress,
     add_quiet,
     image_format,
+    refuse_stream,
 )
 from qcowkit.cli.opening import open_disk
 from qcowkit.cli.options import parse_objects
@@ -69,6 +70,7 @@ def configure(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     """Copy the part; the output appears under its name when it is complete."""
     operands = parse_operands(args.operands)
+    refuse_stream(operands.target)
     parse_objects(args.objects)
     with open_disk(args, operands.source, format=args.format) as chain:
         start, length = operands.part_of(chain.size)

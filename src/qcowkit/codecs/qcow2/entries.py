@@ -320,9 +320,7 @@ def _rows(
     cut[1:] |= with_host[1:] & ((words[1:] < 0) != (words[:-1] < 0))
     cut |= compressed
     first = np.flatnonzero(cut)
-    if not len(first):
-        first = np.zeros(0, dtype=np.intp)
-    last = np.append(first[1:], len(state)) - 1
+    last = np.append(first, len(state))[1:] - 1
     ends = starts[last] + (lengths[last] if lengths is not None else unit)
     row_state = state[first]
     flags = _STATE_FLAGS[row_state]
