@@ -60,7 +60,9 @@ def images(draw: Any) -> tuple[Mapping, list[int]]:
     raw = bytes(SIZE) + b"".join(np.array(table, ">u8").tobytes() for table in tables)
     storage = MemoryStorage(raw)
     storage.truncate(64 * SIZE)
-    entries = [word for which in l1 for word in ([0] * PER_TABLE if not which else tables[which - 1])]
+    entries = [
+        word for which in l1 for word in ([0] * PER_TABLE if not which else tables[which - 1])
+    ]
     found = mapping(storage, [which * SIZE | (COPIED if which else 0) for which in l1])
     return found, entries
 

@@ -129,3 +129,11 @@ def test_a_vhd_target_keeps_its_size_and_kind(tmp_path: Path) -> None:
 def test_a_target_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QcowkitError, match="No such file"):
         write_over(tmp_path / "nothing.qcow2", bytes(MiB))
+
+
+def test_an_existing_data_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data.raw").write_bytes(b"precious")
+    with pytest.raises(QcowkitError, match="EEXIST"):
+        make_target(tmp_path / "target.qcow2", size=MiB, data_file="data.raw")
+    assert (tmp_path / "data.raw").read_bytes() == b"precious"
+    assert not (tmp_path / "target.qcow2").exists()

@@ -32,6 +32,8 @@ def mark_holes(table: ExtentTable, data: RangeSet) -> ExtentTable:
     if not plain.any():
         return table
     cuts = _edges_inside(table, plain, data)
+    if cuts is None:
+        return table
     if len(cuts):
         table = split_at(table, cuts)
         plain = ((table.flags & (Flag.DATA | Flag.COMPRESSED)) == Flag.DATA) & (table.host >= 0)
@@ -50,13 +52,19 @@ def mark_holes(table: ExtentTable, data: RangeSet) -> ExtentTable:
     )
 
 
-def _edges_inside(table: ExtentTable, plain: npt.NDArray[np.bool_], data: RangeSet) -> Int64Array:
-    """Guest offsets at which a plain row crosses an edge of a host range."""
+def _edges_inside(
+    table: ExtentTable, plain: npt.NDArray[np.bool_], data: RangeSet
+) -> Int64Array | None:
+    """Guest offsets at which a plain row crosses an edge of a host range.
+
+    None where that is more often than there are edges: host clusters mapped over and over."""
     edges = np.sort(np.concatenate((data.start, data.stop)))
     rows = np.flatnonzero(plain)
     host, length = table.host[rows], table.length[rows]
     first = np.searchsorted(edges, host, side="right")
     counts = np.searchsorted(edges, host + length, side="left") - first
+    if int(counts.sum()) > 2 * MAX_PIECES:
+        return None
     owner = np.repeat(np.arange(len(rows)), counts)
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     cuts: Int64Array = edges[first[owner] + rank] - host[owner] + table.start[rows][owner]

@@ -152,7 +152,7 @@ def _into_new(
     with ExitStack() as stack:
         output = stack.enter_context(AtomicOutput(path))
         data_name = data_path(path, create)
-        data = stack.enter_context(AtomicOutput(data_name)) if data_name else None
+        data = stack.enter_context(AtomicOutput(data_name, replace=False)) if data_name else None
         tables, clusters = (0, 0) if spec is None else count_clusters(disk, spec, options)
         target, made = open_target(
             output.storage,

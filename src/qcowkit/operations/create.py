@@ -95,7 +95,9 @@ def create_image(
     with ExitStack() as stack:
         output = stack.enter_context(AtomicOutput(path))
         data = (
-            stack.enter_context(AtomicOutput(name)) if (name := data_path(path, options)) else None
+            stack.enter_context(AtomicOutput(name, replace=False))
+            if (name := data_path(path, options))
+            else None
         )
         target, made = open_target(
             output.storage,
