@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 import zlib
@@ -85,10 +86,8 @@ def test_a_stream_that_ends_early_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", [ZLIB, ZSTD])
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_one_cluster_or_refused(kind: str, data: bytes) -> None:
-    try:
+    with contextlib.suppress(BadCluster):
         assert len(decompress(kind, data, size=512)) == 512
-    except BadCluster:
-        pass
 
 
 def test_a_short_cluster_is_refused_with_both_lengths() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.compression import make_compressor
+from qcowkit.engine.holes import MAX_PIECES, load_host_data, mark_holes
 from qcowkit.engine.qcow2 import clusters as clusters_module
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
-from qcowkit.engine.holes import MAX_PIECES, load_host_data, mark_holes
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, Flag, make_table
@@ -279,7 +279,7 @@ def test_a_cluster_that_upper_layers_cut_to_pieces_is_decoded_once(
 ) -> None:
     """Or else one read of a few kilobytes would inflate megabytes, over and over."""
     top = qcow2_image(
-        cluster_bits=9, size=16 * KiB, clusters={index: b"t" * 512 for index in range(0, 32, 2)}
+        cluster_bits=9, size=16 * KiB, clusters=dict.fromkeys(range(0, 32, 2), b"t" * 512)
     )
     base = qcow2_image(cluster_bits=14, size=16 * KiB, clusters=packed(1, bits=14))
     decoded = counting_decoder(monkeypatch)
@@ -300,7 +300,7 @@ def test_neighbours_in_the_file_share_a_read() -> None:
     storage = RecordingStorage(image.storage)
     reader = ClusterReader(storage, kind="zlib", cluster_size=4 * KiB)
     buffer = bytearray(128 * KiB)
-    rows = [row for row in image.extents(start=0, length=128 * KiB)]
+    rows = list(image.extents(start=0, length=128 * KiB))
     reader.read_into(rows, memoryview(buffer), base=0)
     assert buffer == b"".join(bytes([index]) * 4 * KiB for index in range(32))
     assert len(storage.of("pread")) == 1

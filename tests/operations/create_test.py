@@ -10,13 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qcowkit.budget import TRUSTED
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.errors import QcowkitError, RequestError, StorageError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.registry import open_chain
 from qcowkit.operations.create import (
-    CreateOptions,
     Created,
+    CreateOptions,
     backing_size,
     create_image,
     data_path,
@@ -98,7 +99,7 @@ def test_a_base_is_found_beside_the_image() -> None:
     create("images/top.qcow2", backing_file="base.raw", backing_fmt="raw")
     assert content("images/top.qcow2") == b"b" * 1024
     options = CreateOptions.of("qcow2", {"backing_file": "base.raw", "backing_fmt": "raw"})
-    assert backing_size("images/x", options, gate=GATE, budget=None) == 1024  # type: ignore[arg-type]
+    assert backing_size("images/x", options, gate=GATE, budget=TRUSTED) == 1024
 
 
 def test_a_base_that_is_missing_is_named() -> None:
