@@ -427,10 +427,10 @@ def test_the_number_of_threads_does_not_show() -> None:
     data = b"".join(bytes([index & 255]) * 3000 for index in range(3000))
     write_sparse("s.raw", data)
     images = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 5, 40):
         copy(*("s.raw", "t"), source_format="raw", format="qcow2", compress=True, threads=threads)
         images.append(Path("t").read_bytes())
-    assert images[0] == images[1] == images[2]
+    assert images[1:] == images[:-1]
 
 
 def test_a_failing_target_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from qcowkit.extents.table import ExtentTable, Flag, make_table
 from qcowkit.image.chain import Chain
 from qcowkit.image.metadata import RawMetadata
 from qcowkit.image.raw import RawImage
-from qcowkit.operations.copying import Copier, CopyRules, only_top
+from qcowkit.operations.copying import Copier, CopyRules, only_top, plan_window
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.testing.faulty import Fault, FaultyStorage
 from qcowkit.testing.strategies import extent_tables, per_byte
@@ -231,3 +231,12 @@ def test_a_raw_target_that_is_overwritten_gets_its_zeros() -> None:
     assert storage.to_bytes() == (
         b"\xaa" * 512 + bytes(512) + b"d" * 512 + bytes(276) + b"\xaa" * 188 + bytes(1000)
     )
+
+
+@pytest.mark.parametrize(("threads", "window"), [(1, 4), (2, 4), (16, 4), (17, 2), (64, 1)])
+def test_more_workers_take_smaller_batches_once_they_are_many(threads: int, window: int) -> None:
+    assert plan_window(threads) == window * MiB
+
+
+def test_no_number_of_workers_makes_batches_useless() -> None:
+    assert plan_window(4096) == MiB // 4

@@ -29,7 +29,9 @@ from qcowkit.image.views import Disk
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, KiB, MiB, align_down, align_up, ceil_div
 
-WINDOW = 2 * MiB
+# Bytes read together by one worker, and by all workers.
+WINDOW = 4 * MiB
+_MOST_BUFFERED = 64 * MiB
 # Shorter runs are not worth a call into the host's file system of their own.
 MIN_DIRECT = 64 * KiB
 
@@ -103,7 +105,7 @@ class Copier:
         self._rules = rules
         self._workers = workers
         self._progress = progress
-        self._window = max(WINDOW, target.unit)
+        self._window = max(plan_window(workers.threads), target.unit)
         self._pool = BufferPool(self._window)
         self._turnstile = Turnstile()
 
@@ -336,6 +338,12 @@ def only_top(table: ExtentTable) -> ExtentTable:
         host=table.host,
         stored=table.stored,
     )
+
+
+def plan_window(threads: int) -> int:
+    """Bytes of a batch, a power of two: fewer for many workers, so that memory stays bounded."""
+    share = max(1, _MOST_BUFFERED // threads)
+    return max(MiB // 4, min(WINDOW, 1 << (share.bit_length() - 1)))
 
 
 def _outward(ranges: RangeSet, unit: int) -> RangeSet:
