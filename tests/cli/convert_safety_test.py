@@ -186,6 +186,8 @@ def test_a_request_to_end_removes_the_part(tmp_path: Path, number: int) -> None:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background has these ignored, and so would the child.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert child.stderr is not None
     assert "done" in child.stderr.readline()
