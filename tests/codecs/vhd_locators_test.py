@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qcowkit.codecs.vhd.locators import (
     ABSOLUTE,
     FILE_URL,
+    PATH_CODES,
     RELATIVE,
     ParentLocator,
     decode_locator,
@@ -106,9 +107,46 @@ def test_a_name_that_is_no_path_is_refused(code: bytes, raw: bytes, reason: str)
         decode_locator(code, raw)
 
 
-@pytest.mark.parametrize("code", [b"Mac ", b"Wi2r", b"Wi2k", b"????"])
-def test_other_platforms_give_no_path(code: bytes) -> None:
-    assert decode_locator(code, b"parent.vhd") == ()
+def test_an_unknown_platform_gives_no_path() -> None:
+    assert decode_locator(b"????", b"parent.vhd") == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "raw", "path"),
+    [
+        (b"Wi2r", b".\\dir\\p\xe4rent.vhd\0junk", "dir/pärent.vhd"),
+        (b"Wi2k", b"C:\\disks\\parent.vhd", "parent.vhd"),
+        (b"Wi2r", ".\\parent.vhd".encode("utf-16-le"), "parent.vhd"),
+    ],
+)
+def test_the_deprecated_windows_codes_hold_text_of_eight_bits(
+    code: bytes, raw: bytes, path: str
+) -> None:
+    assert decode_locator(code, raw) == (path,)
+
+
+def alias_record(name: bytes, *, version: int = 2) -> bytes:
+    head = bytes(6) + version.to_bytes(2, "big") + bytes(42)
+    return head + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(36)
+
+
+def test_a_macintosh_alias_gives_the_name_of_its_file() -> None:
+    assert decode_locator(b"Mac ", alias_record(b"p\x8arent.vhd")) == ("pärent.vhd",)
+    assert decode_locator(b"Mac ", alias_record(b"a/b.vhd")) == ("a:b.vhd",)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"parent.vhd", "the alias record is not of version 2"),
+        (alias_record(b"a", version=3), "the alias record is not of version 2"),
+        (alias_record(b""), "the alias has a name of 0 bytes"),
+        (alias_record(b"x" * 63)[:50] + b"\x40" + b"x" * 80, "the alias has a name of 64 bytes"),
+    ],
+)
+def test_an_alias_that_names_nothing_is_refused(raw: bytes, reason: str) -> None:
+    with pytest.raises(CorruptMetadata, match=re.escape(f"parent name: {reason}")):
+        decode_locator(b"Mac ", raw)
 
 
 @pytest.mark.parametrize("stored", ["utf-16-le", "utf-16-be"])
@@ -128,7 +166,7 @@ def test_a_name_ends_at_its_first_nul() -> None:
     assert decode_utf16("a.vhd\0junk".encode("utf-16-le"), big_endian=False) == "a.vhd"
 
 
-@given(st.sampled_from([RELATIVE, ABSOLUTE, FILE_URL, b"Mac "]), st.binary(max_size=64))
+@given(st.sampled_from(list(PATH_CODES)), st.binary(max_size=64))
 def test_no_bytes_make_the_name_decoder_fail_in_another_way(code: bytes, raw: bytes) -> None:
     with contextlib.suppress(CorruptMetadata):
         for path in decode_locator(code, raw):

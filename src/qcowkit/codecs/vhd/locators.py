@@ -22,11 +22,19 @@ UNUSED = b"\0\0\0\0"
 RELATIVE = b"W2ru"
 ABSOLUTE = b"W2ku"
 FILE_URL = b"MacX"
+# Deprecated by the specification, and found in old files: paths in 8-bit text, an alias record.
+OLD_RELATIVE = b"Wi2r"
+OLD_ABSOLUTE = b"Wi2k"
+ALIAS = b"Mac "
+PATH_CODES = (RELATIVE, ABSOLUTE, FILE_URL, OLD_RELATIVE, OLD_ABSOLUTE, ALIAS)
 
 _STRUCT = struct.Struct(">4sIIIQ")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:")
+_ALIAS_VERSION = 2
+_ALIAS_NAME = 50
+_ALIAS_NAME_END = _ALIAS_NAME + 64
 _UNRESERVED = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/")
 
 
@@ -73,12 +81,16 @@ class ParentLocator:
 def decode_locator(code: bytes, raw: bytes) -> tuple[str, ...]:
     """The paths that the data of a locator may mean, the likelier one first.
 
-    Empty for platforms whose data is no path (alias records and deprecated codes). Raises
-    CorruptMetadata for bytes that are no text or hold control characters."""
+    Empty for platforms that nobody knows. Raises CorruptMetadata for bytes that are no text or
+    hold control characters."""
     if code in (RELATIVE, ABSOLUTE):
         return (decode_windows_path(decode_utf16(raw, big_endian=False)),)
     if code == FILE_URL:
         return _decode_file_url(raw)
+    if code in (OLD_RELATIVE, OLD_ABSOLUTE):
+        return (decode_windows_path(_decode_old_text(raw)),)
+    if code == ALIAS:
+        return (_decode_alias(raw),)
     return ()
 
 
@@ -136,6 +148,29 @@ def _decode_file_url(raw: bytes) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise CorruptMetadata("parent name", reason="the URL is not UTF-8") from None
     return tuple(dict.fromkeys(_plain(reading) for reading in readings))
+
+
+def _decode_old_text(raw: bytes) -> str:
+    """8-bit text; some writers put 16-bit text under the old codes as well."""
+    if len(raw) > 1 and not any(raw[1::2]):
+        return decode_utf16(raw, big_endian=False)
+    return _printable(raw.split(b"\0", 1)[0].decode("cp1252", errors="replace"))
+
+
+def _decode_alias(raw: bytes) -> str:
+    """The file's own name from a Macintosh alias record of version 2.
+
+    The folders in it are numbers of a volume that is not here: the name is looked for beside the
+    child, where the identity of the parent decides. Layout: 16-bit version at byte 6, the name
+    as a length and at most 63 bytes of Mac Roman at byte 50."""
+    if len(raw) < _ALIAS_NAME_END or int.from_bytes(raw[6:8], "big") != _ALIAS_VERSION:
+        raise CorruptMetadata("parent name", reason="the alias record is not of version 2")
+    count = raw[_ALIAS_NAME]
+    if not 0 < count < _ALIAS_NAME_END - _ALIAS_NAME:
+        raise CorruptMetadata("parent name", reason=f"the alias has a name of {count} bytes")
+    name = raw[_ALIAS_NAME + 1 : _ALIAS_NAME + 1 + count].decode("mac_roman")
+    # A colon separates folders there, as a slash does here; a slash is a plain letter.
+    return _plain(_printable(name.replace("/", ":")))
 
 
 def _plain(path: str) -> str:

@@ -19,10 +19,8 @@ from qcowkit.codecs.vhd.footer import (
     SizeRule,
 )
 from qcowkit.codecs.vhd.locators import (
-    ABSOLUTE,
-    FILE_URL,
     MAX_LOCATOR_BYTES,
-    RELATIVE,
+    PATH_CODES,
     ParentLocator,
     decode_locator,
     decode_utf16,
@@ -46,7 +44,6 @@ _SUBFORMATS: dict[DiskType, Subformat] = {
 _ENTRY_BYTES = 4
 # A decoded entry is an int64.
 _DECODED_ENTRY_BYTES = 8
-_FOLLOWED = (RELATIVE, ABSOLUTE, FILE_URL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +365,7 @@ def _parent(
     """The candidate names: relative locators, absolute ones, then the unicode name."""
     found: list[str] = []
     for entry in locators:
-        if entry.code not in _FOLLOWED:
+        if entry.code not in PATH_CODES:
             warnings.append(f"parent locator {entry.code!r} holds no path and is not followed")
             continue
         raw = storage.pread(entry.data_length, offset=entry.data_offset)
