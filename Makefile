@@ -44,7 +44,7 @@ bench: setup ## paired runs against qemu-img; writes the table of README
 	$(BIN)/python -m bench.run $(ARGS)
 
 soak: setup ## the long suites
-	$(BIN)/python -m pytest -n auto -m soak --timeout 7200 $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "soak or not soak" --hypothesis-profile=search --timeout 7200 $(ARGS)
 
 clean: ## everything that make produced
 	rm -rf $(VENV) build dist .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,6 +6,12 @@ import os
 import shutil
 
 import pytest
+from hypothesis import settings
+
+# A commit is judged by the same examples each time; `make soak` looks for new ones.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
+settings.load_profile("steady")
 
 PEER_PREFIX = "peer "
 REQUIRE_PEERS = "QCOWKIT_REQUIRE_PEERS"

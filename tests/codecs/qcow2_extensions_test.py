@@ -29,7 +29,10 @@ UNKNOWN = st.builds(
     type=st.integers(1, 2**32 - 1).filter(lambda kind: kind not in set(ExtensionType)),
     data=st.binary(max_size=40),
 )
-NAMES = st.text(st.characters(min_codepoint=32, exclude_characters="\x7f"), min_size=1)
+NAMES = st.text(
+    st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs"]),
+    min_size=1,
+)
 
 
 def header(*, cluster_bits: int = 16, version: int = 3, unknown: bytes = bytes(7)) -> Header:

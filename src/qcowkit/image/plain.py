@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcowkit.errors import RequestError
+from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import align_up
 
 
 def check_range(*, start: int, length: int, size: int) -> None:
@@ -15,14 +16,37 @@ def check_range(*, start: int, length: int, size: int) -> None:
         raise RequestError(f"range {start:#x} + {length:#x} is outside the disk of {size:#x} bytes")
 
 
-def read_plain(storage: Storage, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
-    """Read runs at their host offsets; beyond the end of the file there are zeros."""
+def read_plain(
+    storage: Storage,
+    runs: Sequence[Extent],
+    buffer: memoryview,
+    *,
+    base: int,
+    cluster_size: int = 0,
+) -> None:
+    """Read runs at their host offsets; what the file lacks of them is zero.
+
+    cluster_size: bytes, for formats whose file may end within its last cluster only: a cluster
+    that begins beyond the end was lost, and raises CorruptMetadata; zeros would hide it."""
     for run in runs:
         at = run.start - base
         part = buffer[at : at + run.length]
         count = storage.pread_into(part, offset=run.host)
         if count < run.length:
+            if cluster_size:
+                _check_end(storage, run, cluster_size)
             part[count:] = bytes(run.length - count)
+
+
+def _check_end(storage: Storage, run: Extent, cluster_size: int) -> None:
+    size = storage.size()
+    lost = max(run.host, align_up(size, cluster_size))
+    if lost < run.host + run.length:
+        raise CorruptMetadata(
+            "data cluster",
+            host_offset=lost,
+            reason=f"lies beyond the end of the file at {size:#x}",
+        )
 
 
 def map_flat(storage: Storage, *, start: int, length: int, limit: int | None) -> ExtentTable:

@@ -19,6 +19,7 @@ from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag
 from qcowkit.image.plain import check_range, read_plain
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import INT64_MAX, align_up
 
 
 class Qcow2Image:
@@ -67,17 +68,26 @@ class Qcow2Image:
         """Where the host has data, if this image was preallocated and so is worth asking for."""
         if not holds_unwritten_clusters(self.storage, self.metadata):
             return None
-        return load_host_data(self.data_storage)
+        found = load_host_data(self.data_storage)
+        if found is None:
+            return None
+        # What lies beyond the end is no hole but lost, which reading it shall tell.
+        end = align_up(self.data_storage.size(), self.cluster_size)
+        return found.union(RangeSet.of([end], [INT64_MAX]))
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""
         plain = [run for run in runs if not run.flags & Flag.COMPRESSED]
         if len(plain) == len(runs):
-            read_plain(self.data_storage, runs, buffer, base=base)
+            self._read_plain(runs, buffer, base)
             return
-        read_plain(self.data_storage, plain, buffer, base=base)
+        self._read_plain(plain, buffer, base)
         squeezed = [run for run in runs if run.flags & Flag.COMPRESSED]
         self.clusters.read_into(squeezed, buffer, base=base)
+
+    def _read_plain(self, runs: Sequence[Extent], buffer: memoryview, base: int) -> None:
+        size = self.cluster_size
+        read_plain(self.data_storage, runs, buffer, base=base, cluster_size=size)
 
     def close(self) -> None:
         self.storage.close()

@@ -1,0 +1,65 @@
+"""A qcow2 file that lost its end: no zeros in place of what is gone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qcowkit.errors import CorruptMetadata
+from qcowkit.image.registry import open_chain
+from qcowkit.operations.convert import ConvertOptions, convert
+from qcowkit.units import KiB, MiB
+
+
+def make_image(folder: Path) -> tuple[Path, bytes]:
+    content = os.urandom(4 * MiB - 512)
+    (folder / "source.raw").write_bytes(content)
+    image = folder / "image.qcow2"
+    with open_chain(folder / "source.raw", format="raw") as disk:
+        convert([disk], image, options=ConvertOptions(format="qcow2"))
+    return image, content
+
+
+@pytest.mark.parametrize("kept", [MiB, 3 * MiB, 4 * MiB])
+def test_a_cluster_beyond_the_end_of_a_cut_file_is_an_error(tmp_path: Path, kept: int) -> None:
+    image, _ = make_image(tmp_path)
+    os.truncate(image, kept)
+    with (
+        open_chain(image) as disk,
+        pytest.raises(
+            CorruptMetadata,
+            match=f"data cluster at host offset {kept:#x}: lies beyond the end of the file",
+        ),
+    ):
+        disk.read(offset=0, length=disk.size)
+
+
+def test_a_conversion_of_a_cut_file_makes_nothing(tmp_path: Path) -> None:
+    image, _ = make_image(tmp_path)
+    os.truncate(image, 2 * MiB)
+    with open_chain(image) as disk, pytest.raises(CorruptMetadata):
+        convert([disk], tmp_path / "out.raw", options=ConvertOptions(format="raw"))
+    assert not (tmp_path / "out.raw").exists()
+
+
+def test_what_is_left_of_a_cut_file_can_be_read_and_salvaged(tmp_path: Path) -> None:
+    image, content = make_image(tmp_path)
+    os.truncate(image, 2 * MiB)
+    with open_chain(image) as disk:
+        assert disk.read(offset=0, length=MiB) == content[:MiB]
+        done = convert(
+            [disk], tmp_path / "out.raw", options=ConvertOptions(format="raw", salvage=True)
+        )
+    assert done.salvaged
+    lost = done.salvaged[0][0]
+    assert (tmp_path / "out.raw").read_bytes()[:lost] == content[:lost]
+
+
+def test_a_file_may_end_within_its_last_cluster(tmp_path: Path) -> None:
+    image, content = make_image(tmp_path)
+    # The last cluster of the disk is half a kilobyte short: its file may be, too.
+    os.truncate(image, image.stat().st_size - 64 * KiB + (4 * MiB - 512) % (64 * KiB))
+    with open_chain(image) as disk:
+        assert disk.read(offset=0, length=disk.size) == content
