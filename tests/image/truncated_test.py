@@ -63,3 +63,20 @@ def test_a_file_may_end_within_its_last_cluster(tmp_path: Path) -> None:
     os.truncate(image, image.stat().st_size - 64 * KiB + (4 * MiB - 512) % (64 * KiB))
     with open_chain(image) as disk:
         assert disk.read(offset=0, length=disk.size) == content
+
+
+def test_a_raw_file_that_shrinks_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(MiB))
+    with open_chain(path, format="raw") as disk:
+        table = disk.extents()
+        os.truncate(path, 512 * KiB)
+        with pytest.raises(CorruptMetadata, match="beyond the end of the file at 0x80000"):
+            disk.read_table(table, memoryview(bytearray(MiB)))
+
+
+def test_a_raw_file_may_end_within_its_last_sector(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * 700)
+    with open_chain(path, format="raw") as disk:
+        assert disk.read(offset=0, length=disk.size) == b"x" * 700 + bytes(324)

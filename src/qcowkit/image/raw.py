@@ -8,6 +8,7 @@ from qcowkit.extents.table import Extent, ExtentTable
 from qcowkit.image.metadata import RawMetadata
 from qcowkit.image.plain import check_range, map_flat, read_plain
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR
 
 
 class RawImage:
@@ -26,7 +27,8 @@ class RawImage:
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""
-        read_plain(self.data_storage, runs, buffer, base=base)
+        # More than the rest of a sector can only be missing if the file was cut meanwhile.
+        read_plain(self.data_storage, runs, buffer, base=base, cluster_size=SECTOR)
 
     def close(self) -> None:
         self.data_storage.close()

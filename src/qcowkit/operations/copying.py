@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from qcowkit.engine.executor import (
     ignore_progress,
 )
 from qcowkit.engine.transfer import Blob, BulkTarget, Chunk, UnitState
+from qcowkit.errors import StorageError
 from qcowkit.extents.algebra import clip, units_with
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag
@@ -317,11 +319,15 @@ class Copier:
             self._copy_plainly(source, storage, run, host)
 
     def _copy_plainly(self, source: Storage, target: Storage, run: Extent, host: int) -> None:
-        """The host refused this run: read and write it. What the source file lacks is zero."""
+        """The host refused this run, which lay within the source when it was planned: read and
+        write it. A source that has shrunk meanwhile is an error, never zeros."""
         for at in range(0, run.length, WINDOW):
             length = min(WINDOW, run.length - at)
             raw = source.pread(length, offset=run.host + at)
-            target.pwrite([raw.ljust(length, b"\0")], offset=host + at)
+            if len(raw) < length:
+                reason = f"the file ends after {len(raw)} of {length} bytes at {run.host + at:#x}"
+                raise StorageError("read", path=source.name, errno=errno.EIO, reason=reason)
+            target.pwrite([raw], offset=host + at)
 
 
 def only_top(table: ExtentTable) -> ExtentTable:
