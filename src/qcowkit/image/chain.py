@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from qcowkit.engine.memory import keep_freed_memory
+from qcowkit.errors import RequestError
 from qcowkit.extents.algebra import clip, overlay
 from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
 from qcowkit.image.lineage import Layer
 from qcowkit.image.plain import check_range
-from qcowkit.image.protocol import Image
+from qcowkit.image.protocol import Image, Tracker, WritableImage
 from qcowkit.image.rawio import DiskFile
 from qcowkit.units import MiB, align_down
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # Table entries decoded for one window of `iter_extents`.
 WINDOW_ENTRIES = 1 << 17
@@ -32,7 +37,9 @@ def data_rows(table: ExtentTable) -> ExtentTable:
 
 
 class Chain:
-    """A guest disk: the top image and what lies below it. Reads are safe from several threads.
+    """A guest disk: the top image and what lies below it. Safe from several threads.
+
+    Opened writable, the top image takes all changes: what lies below is only ever read.
 
     layers: what was opened, top first. images: their address spaces, in the same order.
     >>> import qcowkit, tempfile, pathlib
@@ -45,12 +52,31 @@ class Chain:
     >>> folder.cleanup()
     """
 
-    def __init__(self, images: Sequence[Image], *, layers: Sequence[Layer] = ()) -> None:
+    def __init__(
+        self,
+        images: Sequence[Image],
+        *,
+        layers: Sequence[Layer] = (),
+        top: WritableImage | None = None,
+    ) -> None:
+        """top: the first of `images` again, where it may be written."""
         self.images = tuple(images)
         self.layers = tuple(layers)
+        self._top = top
+        self._trackers: tuple[Tracker, ...] = ()
+        self._measure()
+        if top is not None:
+            top.attach(Underlay(self.images[1:]) if self.images[1:] else None)
+
+    def _measure(self) -> None:
         self.size = self.images[0].size
         # A byte beyond a short layer is zero there, whatever lies deeper.
         self._reach = np.minimum.accumulate([image.size for image in self.images]).tolist()
+
+    @property
+    def writable(self) -> bool:
+        """Whether the disk was opened for writing."""
+        return self._top is not None
 
     @property
     def cluster_size(self) -> int:
@@ -144,14 +170,80 @@ class Chain:
             own: Sequence[Extent] = [run for run in runs if run.layer == depth]
             self.images[depth].read_runs(own, buffer, base=table.begin)
 
+    # Changes: docs/architecture.md, "How a write flows".
+
+    def write(self, data: Buffer, *, offset: int) -> None:
+        """Write the bytes; acknowledged on return, durable after `flush`.
+
+        Raises RequestError outside of the disk or where it is read-only, StorageError and
+        CorruptMetadata where the image fails; the old content or the new is there then."""
+        length = memoryview(data).nbytes
+        self._begin_change(offset, length).write(data, offset=offset)
+
+    def write_compressed(self, data: Buffer, *, offset: int) -> None:
+        """Store whole clusters compressed, of which none may be allocated yet; the last cluster of
+        the disk may be short. Raises as `write`, and RequestError where that cannot be done."""
+        length = memoryview(data).nbytes
+        self._begin_change(offset, length).write_compressed(data, offset=offset)
+
+    def write_zeroes(
+        self, *, offset: int, length: int, unmap: bool = False, fallback: bool = True
+    ) -> None:
+        """Make the range read as zeros. unmap: its space may be given back. fallback: False raises
+        UnsupportedFeature where zeros would have to be written as data. Raises as `write`."""
+        top = self._begin_change(offset, length)
+        top.write_zeroes(offset=offset, length=length, unmap=unmap, fallback=fallback)
+
+    def discard(self, *, offset: int, length: int) -> None:
+        """Say that the content is no longer needed; whole clusters of it are given up and read as
+        zeros (version 2 images without a base), the rest stays. Raises as `write`."""
+        self._begin_change(offset, length).discard(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make durable all that was acknowledged before. Nothing to do for a read-only disk."""
+        if self._top is not None:
+            self._top.flush()
+
+    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+        """Change the disk's size, in bytes; what is added reads as zeros.
+
+        preallocation of what is added: off, metadata, falloc or full. Raises RequestError for a
+        smaller size without `shrink`, and as `write`."""
+        self._writable_top().resize(size, shrink=shrink, preallocation=preallocation)
+        self._measure()
+
+    def track(self, tracker: Tracker) -> None:
+        """Tell `tracker` of every change from now on, before it is made."""
+        self._trackers = (*self._trackers, tracker)
+
+    def untrack(self, tracker: Tracker) -> None:
+        """Tell it no more."""
+        self._trackers = tuple(one for one in self._trackers if one is not tracker)
+
+    def _writable_top(self) -> WritableImage:
+        if self._top is None:
+            raise RequestError("the disk was opened read-only")
+        return self._top
+
+    def _begin_change(self, offset: int, length: int) -> WritableImage:
+        top = self._writable_top()
+        if offset < 0 or length < 0 or offset + length > self.size:
+            check_range(start=offset, length=length, size=self.size)
+        for tracker in self._trackers:
+            tracker.mark(start=offset, length=length)
+        return top
+
     def open_file(self) -> io.RawIOBase:
         """A read-only file object over the guest disk; it does not own the chain."""
         return DiskFile(self)
 
     def close(self) -> None:
-        """Close every file of the chain."""
-        for image in self.images:
-            image.close()
+        """Close every file of the chain, also behind one that fails; the last failure is raised.
+
+        A writable disk is flushed first: its error means that acknowledged changes were lost."""
+        with ExitStack() as stack:
+            for image in self.images:
+                stack.callback(image.close)
 
     def __enter__(self) -> Self:
         return self
@@ -163,6 +255,22 @@ class Chain:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Underlay:
+    """The layers under a writable image, as `Below`: a disk of their own."""
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        self._disk = Chain(images)
+        self.size = self._disk.size
+
+    def read_into(self, buffer: bytearray | memoryview, *, offset: int) -> None:
+        """See `Below.read_into`."""
+        self._disk.read_into(buffer, offset=offset)
+
+    def is_zero(self, *, start: int, length: int) -> bool:
+        """See `Below.is_zero`."""
+        return len(data_rows(self._disk.extents(start=start, length=length))) == 0
 
 
 def _at_depth(table: ExtentTable, depth: int) -> ExtentTable:

@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 
 from qcowkit.budget import TRUSTED, Budget
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
-from qcowkit.image.protocol import Image
+from qcowkit.image.protocol import Image, WritableImage
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.raw import RawImage
 from qcowkit.image.vhd import VhdImage
@@ -26,44 +27,84 @@ def open_chain(
     budget: Budget = TRUSTED,
     snapshot: str | None = None,
     follow_backing: bool = True,
+    writable: bool = False,
+    options: OpenOptions = DEFAULT_OPTIONS,
 ) -> Chain:
-    """Open a disk image, and what it refers to, for reading.
+    """Open a disk image, and what it refers to.
 
     path: the top image. format: raw, qcow2 or vpc; None probes the content. gate: which names
     inside images may be opened; by default none. snapshot: the id or name of an internal
     snapshot, whose disk is then opened in place of the active one. follow_backing: False opens the
-    top image alone. Raises any QcowkitError; nothing stays open then."""
+    top image alone. writable: the top image may be changed; needs a format where the content looks
+    raw. options: caches, locks, overlap checks. Raises any QcowkitError; nothing stays open then.
+    """
     layers = open_layers(
         path,
         format=format,
         gate=gate or ReferenceGate.deny_all(),
         budget=budget,
         follow_backing=follow_backing,
+        writable=writable,
     )
     try:
-        return build_chain(layers, budget=budget, snapshot=snapshot)
+        if writable:
+            _check_writable(layers, snapshot=snapshot)
+        return build_chain(
+            layers, budget=budget, snapshot=snapshot, writable=writable, options=options
+        )
     except BaseException:
         close_layers(layers)
         raise
 
 
-def build_chain(
-    layers: Sequence[Layer], *, budget: Budget = TRUSTED, snapshot: str | None = None
-) -> Chain:
-    """The chain of layers that are open already. `snapshot` belongs to the top layer."""
-    if snapshot is not None and not isinstance(layers[0].metadata, Qcow2Metadata):
+def _check_writable(layers: Sequence[Layer], *, snapshot: str | None) -> None:
+    """What must not be written through, whatever the file's permissions say."""
+    top = layers[0]
+    if snapshot is not None:
+        raise RequestError(f"snapshot {snapshot!r}: a snapshot is read-only")
+    if top.format_probed and top.metadata.format == "raw":
         raise RequestError(
-            f"snapshot {snapshot!r}: {layers[0].metadata.format} images have no internal snapshots"
+            f"{top.storage.name}: the content looks raw, and what a guest writes could make it "
+            "look like something else: name the format raw to write it"
         )
-    images = [
-        build_image(layer, budget=budget, snapshot=snapshot if depth == 0 else None)
-        for depth, layer in enumerate(layers)
-    ]
-    return Chain(images, layers=layers)
+    for layer in layers[1:]:
+        if layer.format_probed:
+            raise RequestError(
+                f"{layer.storage.name}: a backing file without a declared format is only read; "
+                "declare its format to write above it"
+            )
 
 
-def build_image(layer: Layer, *, budget: Budget, snapshot: str | None = None) -> Image:
-    """The address space of one layer."""
+def build_chain(
+    layers: Sequence[Layer],
+    *,
+    budget: Budget = TRUSTED,
+    snapshot: str | None = None,
+    writable: bool = False,
+    options: OpenOptions = DEFAULT_OPTIONS,
+) -> Chain:
+    """The chain of layers that are open already. `snapshot`, `writable`: of the top layer."""
+    top = layers[0]
+    if snapshot is not None and not isinstance(top.metadata, Qcow2Metadata):
+        raise RequestError(
+            f"snapshot {snapshot!r}: {top.metadata.format} images have no internal snapshots"
+        )
+    below = [build_image(layer, budget=budget, options=options) for layer in layers[1:]]
+    if writable:
+        image = build_writable(top, budget=budget, options=options)
+        return Chain([image, *below], layers=layers, top=image)
+    first = build_image(top, budget=budget, snapshot=snapshot, options=options)
+    return Chain([first, *below], layers=layers)
+
+
+def build_image(
+    layer: Layer,
+    *,
+    budget: Budget,
+    snapshot: str | None = None,
+    options: OpenOptions = DEFAULT_OPTIONS,
+) -> Image:
+    """The address space of one layer, read-only."""
     metadata = layer.metadata
     if isinstance(metadata, Qcow2Metadata):
         return Qcow2Image(
@@ -76,3 +117,8 @@ def build_image(layer: Layer, *, budget: Budget, snapshot: str | None = None) ->
     if isinstance(metadata, VhdMetadata):
         return VhdImage(metadata, layer.storage)
     return RawImage(metadata, layer.storage)
+
+
+def build_writable(layer: Layer, *, budget: Budget, options: OpenOptions) -> WritableImage:
+    """The address space of a top layer whose storage is writable."""
+    raise RequestError(f"{layer.metadata.format} images cannot be written yet")
