@@ -7,9 +7,11 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from qcowkit.cli.options import ImageSpec, parse_image_opts, refuse_options
+from qcowkit.cli.open_options import parse_open_options
+from qcowkit.cli.options import ImageSpec, parse_image_opts
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_error
 from qcowkit.errors import RequestError
@@ -163,16 +165,24 @@ def image_specs(args: Namespace, names: Iterable[str], *, format: str | None) ->
     names = list(names)
     for name in names:
         refuse_stream(name)
-    if not args.image_opts:
-        return [ImageSpec(path=name, format=format) for name in names]
-    if format is not None:
+    if args.image_opts and format is not None:
         raise RequestError("--image-opts names the driver itself; it excludes a format flag")
-    specs = []
-    for name in names:
-        spec = parse_image_opts(name)
-        refuse_options(spec)
-        specs.append(ImageSpec(path=spec.path, format=_driver(spec)))
-    return specs
+    specs = [
+        _read_spec(parse_image_opts(name))
+        if args.image_opts
+        else ImageSpec(path=name, format=format)
+        for name in names
+    ]
+    if not getattr(args, "force_share", False):
+        return specs
+    return [replace(spec, opening=replace(spec.opening, force_share=True)) for spec in specs]
+
+
+def _read_spec(spec: ImageSpec) -> ImageSpec:
+    """A description with its driver and options understood."""
+    driver = _driver(spec)
+    opening = parse_open_options(spec.options, format=driver)
+    return replace(spec, format=driver, options={}, opening=opening)
 
 
 def _driver(spec: ImageSpec) -> str | None:

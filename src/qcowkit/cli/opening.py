@@ -20,6 +20,12 @@ def open_disk(
 
 def open_spec(args: Namespace, spec: ImageSpec, *, snapshot: str | None = None) -> Chain:
     """The same for an operand that was read already."""
-    chain = open_chain(spec.path, format=spec.format, gate=make_gate(args), snapshot=snapshot)
+    chain = open_chain(
+        spec.path,
+        format=spec.format,
+        gate=make_gate(args),
+        snapshot=snapshot,
+        options=spec.opening,
+    )
     warn(args, chain.warnings)
     return chain

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
 from qcowkit.errors import RequestError, StorageError
 
 HELP_WORDS = ("help", "?")
@@ -22,11 +23,16 @@ _FALSE = ("off", "no", "false", "n")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """What to open: `format` None is found from the content; `options` are left to the image."""
+    """What to open: `format` None is found from the content.
+
+    options: keys of a description that are not read yet; `opening`: what they mean, once read.
+    read_only: a description that excludes writing."""
 
     path: str
     format: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+    opening: OpenOptions = DEFAULT_OPTIONS
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,7 @@ def parse_bool(text: str, *, what: str) -> bool:
 
 
 def parse_image_opts(text: str) -> ImageSpec:
-    """`driver=FMT,file.filename=PATH,...`; unknown keys stay in `options` for the image to judge.
+    """`driver=FMT,file.filename=PATH,...`; other keys stay in `options`, for `cli/open_options`.
 
     Raises RequestError for a driver chain that this program has no meaning for."""
     options = parse_options([text], flag="--image-opts")
@@ -88,15 +94,16 @@ def parse_image_opts(text: str) -> ImageSpec:
     short = options.pop("filename", None)
     if (path is None) == (short is None):
         raise RequestError(f"--image-opts: {text!r} needs one of file.filename= and filename=")
-    for key in ("read-only", "file.read-only", "file.locking", "file.aio", "cache.direct"):
+    read_only = [
+        parse_bool(options.pop(key, "off"), what=f"--image-opts: {key}=")
+        for key in ("read-only", "file.read-only")
+    ]
+    # How the host is asked for bytes: the content does not depend on it.
+    for key in ("file.aio", "cache.direct"):
         options.pop(key, None)
-    return ImageSpec(path=path or short or "", format=driver, options=options)
-
-
-def refuse_options(spec: ImageSpec) -> None:
-    """Raise RequestError by name for what a description asks for and no image can give."""
-    for key in spec.options:
-        raise RequestError(f"--image-opts: {key}= is not supported")
+    return ImageSpec(
+        path=path or short or "", format=driver, options=options, read_only=any(read_only)
+    )
 
 
 def parse_object(text: str) -> Secret:

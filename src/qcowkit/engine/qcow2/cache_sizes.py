@@ -43,7 +43,7 @@ def plan_cache_sizes(geometry: Geometry, *, virtual_size: int, options: OpenOpti
 
     Raises RequestError for options that contradict one another or are out of their ranges."""
     needed = full_l2_bytes(geometry, virtual_size=virtual_size)
-    _check_sizes(options)
+    check_sizes(options)
     l2_bytes, refcount_bytes = _split(geometry, needed=needed, options=options)
     entry_bytes = _entry_bytes(geometry, covered=l2_bytes >= needed, options=options)
     l2_count = max(l2_bytes // entry_bytes, MIN_L2_ENTRIES)
@@ -55,6 +55,24 @@ def plan_cache_sizes(geometry: Geometry, *, virtual_size: int, options: OpenOpti
         l2_entry_bytes=entry_bytes,
         refcount_bytes=refcount_count * geometry.cluster_size,
     )
+
+
+def check_sizes(options: OpenOptions) -> None:
+    """Whether the three sizes agree; no image is needed to tell. Raises RequestError."""
+    whole, l2, refcounts = options.cache_size, options.l2_cache_size, options.refcount_cache_size
+    named = (("cache-size", whole), ("l2-cache-size", l2), ("refcount-cache-size", refcounts))
+    for name, size in named:
+        if size is not None and size < 0:
+            raise RequestError(f"{name} is {size}, expected a number of bytes")
+    if whole is None:
+        return
+    if l2 is not None and refcounts is not None:
+        raise RequestError(
+            "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+        )
+    for name, size in named[1:]:
+        if size is not None and size > whole:
+            raise RequestError(f"{name} is {size}, which exceeds the cache-size of {whole}")
 
 
 def full_l2_bytes(geometry: Geometry, *, virtual_size: int) -> int:
@@ -71,23 +89,6 @@ def l2_coverage(geometry: Geometry, *, l2_bytes: int) -> int:
 def refcount_coverage(geometry: Geometry, *, refcount_bytes: int) -> int:
     """Host bytes whose refcounts take `refcount_bytes` of cache."""
     return refcount_bytes * 8 // geometry.refcount_bits * geometry.cluster_size
-
-
-def _check_sizes(options: OpenOptions) -> None:
-    whole, l2, refcounts = options.cache_size, options.l2_cache_size, options.refcount_cache_size
-    named = (("cache-size", whole), ("l2-cache-size", l2), ("refcount-cache-size", refcounts))
-    for name, size in named:
-        if size is not None and size < 0:
-            raise RequestError(f"{name} is {size}, expected a number of bytes")
-    if whole is None:
-        return
-    if l2 is not None and refcounts is not None:
-        raise RequestError(
-            "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
-        )
-    for name, size in named[1:]:
-        if size is not None and size > whole:
-            raise RequestError(f"{name} is {size}, which exceeds the cache-size of {whole}")
 
 
 def _split(geometry: Geometry, *, needed: int, options: OpenOptions) -> tuple[int, int]:
