@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qcowkit.errors import QcowkitError, RequestError
+from qcowkit.errors import ImageBusy, QcowkitError, RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.registry import open_chain
 from qcowkit.operations.convert import ConvertOptions, convert
 from qcowkit.operations.create import CreateOptions, OptionValue, create_image
+from qcowkit.storage.file import FileStorage
+from qcowkit.storage.locking import Role, acquire
 from qcowkit.units import KiB, MiB
 
 GATE = ReferenceGate.below_image()
@@ -137,3 +139,73 @@ def test_an_existing_data_file_is_never_replaced(tmp_path: Path) -> None:
         make_target(tmp_path / "target.qcow2", size=MiB, data_file="data.raw")
     assert (tmp_path / "data.raw").read_bytes() == b"precious"
     assert not (tmp_path / "target.qcow2").exists()
+
+
+@pytest.mark.parametrize("role", [Role.READER, Role.WRITER])
+@pytest.mark.parametrize(("format", "word"), [("qcow2", "replaced"), ("raw", "written")])
+def test_a_target_that_is_in_use_is_left_alone(
+    tmp_path: Path, role: Role, format: str, word: str
+) -> None:
+    target = tmp_path / "target"
+    make_target(target, format=format, size=MiB)
+    before = target.read_bytes()
+    with FileStorage.open(target, writable=True) as user:
+        acquire(user, role, name="user")
+        with pytest.raises(ImageBusy, match=f"elsewhere, so it cannot be {word} until"):
+            write_over(target, b"x" * MiB, format=format)
+    assert target.read_bytes() == before
+    write_over(target, b"x" * MiB, format=format)
+    assert target.read_bytes() != before
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nobody_can_use_the_target_while_it_is_written(
+    tmp_path: Path, format: str, in_place: bool
+) -> None:
+    target, source = tmp_path / "target", tmp_path / "source.raw"
+    make_target(target, format=format, size=MiB)
+    source.write_bytes(b"x" * MiB)
+    asked = []
+
+    def look(*_: int) -> None:
+        with FileStorage.open(target) as user, pytest.raises(ImageBusy):
+            acquire(user, Role.READER, name="user")
+        asked.append(True)
+
+    options = ConvertOptions(format=format, in_place=in_place)
+    with open_chain(source, format="raw") as disk:
+        convert([disk], target, options=options, progress=look)
+    assert asked
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+def test_a_target_that_is_the_source_is_said_to_be_that_rather_than_in_use(
+    tmp_path: Path, format: str
+) -> None:
+    target = tmp_path / "target"
+    make_target(target, format=format, size=MiB)
+    options = ConvertOptions(format=format, in_place=True)
+    with (
+        open_chain(target, format=format) as disk,
+        pytest.raises(RequestError, match="is one of the files that are read"),
+    ):
+        convert([disk], target, options=options)
+
+
+def test_a_new_image_does_not_replace_one_that_is_in_use(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    make_target(target, size=MiB)
+    with open_chain(target), pytest.raises(ImageBusy, match="so it cannot be replaced until"):
+        make_target(target, size=2 * MiB)
+    make_target(target, size=2 * MiB)
+
+
+def test_a_base_that_is_written_elsewhere_makes_no_overlay(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_target(base, size=MiB)
+    with FileStorage.open(base, writable=True) as user:
+        acquire(user, Role.WRITER, name="user")
+        with pytest.raises(ImageBusy, match="base: is open for writing elsewhere"):
+            make_target(tmp_path / "top", backing_file="base", backing_fmt="qcow2")
+    assert not (tmp_path / "top").exists()

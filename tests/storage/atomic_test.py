@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from qcowkit.errors import RequestError, StorageError
+from qcowkit.errors import ImageBusy, RequestError, StorageError
 from qcowkit.storage.atomic import AtomicOutput
+from qcowkit.storage.file import FileStorage
+from qcowkit.storage.locking import Role, acquire
 from qcowkit.units import KiB, MiB
 
 _ROOT = os.geteuid() == 0
@@ -198,6 +200,7 @@ def test_what_only_looks_like_a_part_stays(target: Path) -> None:
 
 
 def test_the_part_of_a_running_output_is_left_alone(target: Path) -> None:
+    target.unlink()
     with AtomicOutput(target) as first:
         first.storage.pwrite([b"first"], offset=0)
         write(target, b"second")
@@ -307,3 +310,64 @@ def _run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
     )
+
+
+@pytest.mark.parametrize("role", [Role.READER, Role.WRITER, Role.CREATOR])
+def test_a_target_that_is_in_use_is_left_alone(target: Path, role: Role) -> None:
+    with FileStorage.open(target, writable=True) as user:
+        acquire(user, role, name="user")
+        with pytest.raises(ImageBusy, match="elsewhere, so it cannot be replaced until"):
+            write(target, b"new")
+        assert target.read_bytes() == b"old"
+        assert names(target.parent) == ["disk.img"]
+    write(target, b"new")
+    assert target.read_bytes() == b"new"
+
+
+def test_a_target_of_a_reader_that_minds_nobody_is_replaced(target: Path) -> None:
+    with FileStorage.open(target) as user:
+        acquire(user, Role.SHARED, name="user")
+        write(target, b"new")
+        assert user.pread(3, offset=0) == b"old"
+    assert target.read_bytes() == b"new"
+
+
+def test_nobody_begins_to_use_a_target_that_will_be_replaced(target: Path) -> None:
+    with AtomicOutput(target) as output, FileStorage.open(target) as user:
+        with pytest.raises(ImageBusy):
+            acquire(user, Role.READER, name="user")
+        output.commit()
+    with FileStorage.open(target) as user:
+        acquire(user, Role.READER, name="user")
+
+
+def test_a_target_that_came_later_is_not_taken_from_its_user(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with AtomicOutput(path) as output:
+        path.write_bytes(b"came first")
+        with FileStorage.open(path) as user:
+            acquire(user, Role.READER, name="user")
+            with pytest.raises(ImageBusy):
+                output.commit()
+    assert path.read_bytes() == b"came first"
+    assert names(tmp_path) == ["disk.img"]
+
+
+def test_a_target_that_took_the_place_of_another_is_held_too(target: Path) -> None:
+    with AtomicOutput(target) as output:
+        target.unlink()
+        target.write_bytes(b"other")
+        with FileStorage.open(target) as user:
+            acquire(user, Role.READER, name="user")
+            with pytest.raises(ImageBusy):
+                output.commit()
+        output.commit()
+    assert names(target.parent) == ["disk.img"]
+
+
+def test_a_target_in_use_is_replaced_without_locks_on_request(target: Path) -> None:
+    with FileStorage.open(target) as user:
+        acquire(user, Role.READER, name="user")
+        with AtomicOutput(target, locking="off") as output:
+            output.commit()
+    assert target.read_bytes() == b""

@@ -18,6 +18,7 @@ from qcowkit.image.metadata import Metadata, canonical_format, load_metadata
 from qcowkit.image.probe import find_formats, probe_format
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.storage.file import FileStorage
+from qcowkit.storage.locking import FileLock, LockMode, Role, acquire
 
 if TYPE_CHECKING:
     from qcowkit.budget import Budget
@@ -34,7 +35,8 @@ class Layer:
 
     path: None for storage that is no file. data_storage: the external data file, where it was
     followed. reference: the name in the layer above by which this one was found, None at the top.
-    format_probed: nobody declared the format. warnings: the metadata's and those of the walk."""
+    format_probed: nobody declared the format. warnings: the metadata's and those of the walk.
+    lock, data_lock: what the two storages hold where they are files, until they are closed."""
 
     storage: Storage
     metadata: Metadata
@@ -43,6 +45,8 @@ class Layer:
     reference: Reference | None = None
     format_probed: bool = False
     warnings: tuple[str, ...] = ()
+    lock: FileLock | None = None
+    data_lock: FileLock | None = None
 
 
 def open_layers(
@@ -55,12 +59,16 @@ def open_layers(
     follow_backing: bool = True,
     follow_data: bool = True,
     directory: Path | None = None,
+    locking: LockMode = "auto",
+    force_share: bool = False,
 ) -> tuple[Layer, ...]:
     """Open the image and what it names, top first; `close_layers` closes them.
 
     source: a path, or a storage that this call takes over, also when it fails. format: of the top;
     probed if None. writable: the top and its data file; the layers below are only read. directory:
-    where the names of a top without a path begin. Raises any QcowkitError; nothing stays open."""
+    where the names of a top without a path begin. locking: auto goes on where the host takes no
+    locks, on refuses, off takes none. force_share: read what others write. Raises any QcowkitError,
+    ImageBusy where a file is in use; nothing stays open then."""
     storage: Storage
     if isinstance(source, (str, os.PathLike)):
         storage = FileStorage.open(source, writable=writable)
@@ -72,12 +80,29 @@ def open_layers(
         budget=budget,
         follow_data=follow_data,
         top_directory=directory,
+        locking=locking,
+        force_share=force_share,
     )
     with ExitStack() as stack:
         walk.stack = stack
         walk.descend(storage, path, format=format, writable=writable, follow_backing=follow_backing)
         stack.pop_all()
     return tuple(walk.layers)
+
+
+def lock_storage(
+    storage: Storage, *, writable: bool, locking: LockMode, force_share: bool
+) -> FileLock | None:
+    """Hold the file under a storage for reading or writing; None where there is no file.
+
+    Raises ImageBusy, StorageError, and RequestError for a writer that would share: two writers
+    ruin any image. The storage stays open."""
+    if writable and force_share:
+        raise RequestError(f"{storage.name}: force-share is for reading, found writing")
+    if not isinstance(storage, FileStorage):
+        return None
+    role = Role.WRITER if writable else Role.SHARED if force_share else Role.READER
+    return acquire(storage, role, name=storage.name, mode=locking)
 
 
 def close_layers(layers: Iterable[Layer]) -> None:
@@ -95,6 +120,8 @@ class _Walk:
     budget: Budget
     follow_data: bool
     top_directory: Path | None
+    locking: LockMode
+    force_share: bool
     stack: ExitStack = field(default_factory=ExitStack)
     seen: dict[object, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
@@ -144,6 +171,8 @@ class _Walk:
         writable: bool = False,
     ) -> Layer:
         warnings = []
+        # Before anything is read: what is read must not be changing.
+        lock = self._lock(storage, writable=writable)
         if format is not None and reference is not None:
             _check_declared(storage, reference)
         found = probe_format(storage) if format is None else format
@@ -157,6 +186,7 @@ class _Walk:
             reference=reference,
             format_probed=format is None,
             warnings=(*metadata.warnings, *warnings),
+            lock=lock,
         )
         layer = self._with_data(layer, writable=writable)
         self.layers.append(layer)
@@ -168,8 +198,14 @@ class _Walk:
                 directory = self._directory(layer, reference)
                 data = self.gate.admit(reference, directory=directory, writable=writable)
                 self._hold(data, reference)
-                return replace(layer, data_storage=data)
+                lock = self._lock(data, writable=writable)
+                return replace(layer, data_storage=data, data_lock=lock)
         return layer
+
+    def _lock(self, storage: Storage, *, writable: bool) -> FileLock | None:
+        return lock_storage(
+            storage, writable=writable, locking=self.locking, force_share=self.force_share
+        )
 
     def _directory(self, layer: Layer, reference: Reference) -> Path:
         if layer.path is not None:

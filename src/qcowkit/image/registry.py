@@ -36,8 +36,8 @@ def open_chain(
     inside images may be opened; by default none. snapshot: the id or name of an internal
     snapshot, whose disk is then opened in place of the active one. follow_backing: False opens the
     top image alone. writable: the top image may be changed; needs a format where the content looks
-    raw. options: caches, locks, overlap checks. Raises any QcowkitError; nothing stays open then.
-    """
+    raw. options: caches, locks, overlap checks. Raises any QcowkitError, ImageBusy where another
+    use of a file excludes this one; nothing stays open then."""
     layers = open_layers(
         path,
         format=format,
@@ -45,6 +45,8 @@ def open_chain(
         budget=budget,
         follow_backing=follow_backing,
         writable=writable,
+        locking=options.locking,
+        force_share=options.force_share,
     )
     try:
         if writable:

@@ -19,7 +19,7 @@ from qcowkit.engine.qcow2.recount import recount
 from qcowkit.engine.vhd.audit import audit_vhd
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import UnsupportedFeature
-from qcowkit.image.lineage import Layer
+from qcowkit.image.lineage import Layer, lock_storage
 from qcowkit.image.metadata import Metadata, canonical_format, load_metadata
 from qcowkit.image.probe import probe_format
 from qcowkit.storage.file import FileStorage
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import threading
 
     from qcowkit.engine.executor import ProgressReport
+    from qcowkit.storage.locking import LockMode
     from qcowkit.storage.protocol import Storage
 
 
@@ -143,14 +144,22 @@ def open_for_check(
     *,
     format: str | None = None,
     budget: Budget = TRUSTED,
+    writable: bool = False,
+    locking: LockMode = "auto",
+    force_share: bool = False,
 ) -> Layer:
-    """The image file alone, read-only; nothing that it names is opened. The caller closes its
-    storage.
+    """The image file alone; nothing that it names is opened. The caller closes its storage.
 
     A missing refcount table is let through, since a check reports it. format: probed if None.
-    Raises any QcowkitError; nothing stays open, and `source` is taken over if it is a storage."""
-    storage = FileStorage.open(source) if isinstance(source, (str, os.PathLike)) else source
+    writable: to be repaired. locking, force_share: as for `open_layers`. Raises any QcowkitError;
+    nothing stays open, and `source` is taken over if it is a storage."""
+    storage = (
+        FileStorage.open(source, writable=writable)
+        if isinstance(source, (str, os.PathLike))
+        else source
+    )
     try:
+        lock = lock_storage(storage, writable=writable, locking=locking, force_share=force_share)
         found = probe_format(storage) if format is None else canonical_format(format)
         metadata: Metadata
         if found == "qcow2":
@@ -166,6 +175,7 @@ def open_for_check(
         path=Path(storage.path) if isinstance(storage, FileStorage) else None,
         format_probed=format is None,
         warnings=metadata.warnings,
+        lock=lock,
     )
 
 

@@ -32,9 +32,10 @@ from qcowkit.operations.create import (
     qcow2_spec,
     refuse_overlap,
 )
-from qcowkit.operations.existing import existing_options
+from qcowkit.operations.existing import existing_options, hold_existing
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
+from qcowkit.storage.locking import LockMode, Role, acquire
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, align_up
 
@@ -92,7 +93,10 @@ def convert(
         if _is_device(path) or (options.in_place and options.format == "raw"):
             _into_existing(disk, path, options, workers, progress)
             return Converted(size=disk.size, salvaged=tuple(sorted(bad)))
-        size = _into_new(disk, path, options, workers, progress)
+        with ExitStack() as stack:
+            if options.in_place:
+                stack.enter_context(hold_existing(path, options.format, read=_storages(disk)))
+            size = _into_new(disk, path, options, workers, progress)
     return Converted(size=size, salvaged=tuple(sorted(bad)))
 
 
@@ -150,7 +154,9 @@ def _into_new(
         assert spec is not None, "only qcow2 compresses"
         refuse_compressed_data_file(spec)
     with ExitStack() as stack:
-        output = stack.enter_context(AtomicOutput(path))
+        # With -n the target is held already.
+        locking: LockMode = "off" if options.in_place else "auto"
+        output = stack.enter_context(AtomicOutput(path, locking=locking))
         data_name = data_path(path, create)
         data = stack.enter_context(AtomicOutput(data_name, replace=False)) if data_name else None
         tables, clusters = (0, 0) if spec is None else count_clusters(disk, spec, options)
@@ -186,6 +192,7 @@ def _into_existing(
         )
     refuse_overlap(path, CreateOptions.of(options.format, {}), read=_storages(disk))
     with FileStorage.open(path, writable=True) as storage:
+        acquire(storage, Role.WRITER, name=storage.name)
         # A raw disk has whole sectors, its file may end within the last one.
         if align_up(storage.size(), SECTOR) < disk.size:
             raise RequestError(

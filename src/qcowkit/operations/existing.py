@@ -6,6 +6,8 @@ that a failure leaves the old one whole. What cannot be carried over is refused 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from qcowkit.budget import TRUSTED
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
@@ -16,13 +18,32 @@ from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.metadata import Metadata
 from qcowkit.image.registry import build_image
-from qcowkit.operations.create import CreateOptions, OptionValue
+from qcowkit.operations.create import CreateOptions, OptionValue, refuse_overlap
+from qcowkit.storage.file import FileStorage
+from qcowkit.storage.locking import Role, acquire
+from qcowkit.storage.protocol import Storage
+
+
+@contextmanager
+def hold_existing(
+    path: str | os.PathLike[str], format: str, *, read: Iterable[Storage]
+) -> Iterator[None]:
+    """Let nobody else use the target, from before its options are read until it is replaced.
+
+    read: what the conversion reads. Raises ImageBusy for a target that is in use, RequestError for
+    one that is read, StorageError."""
+    # Our own reader would look like a stranger's.
+    refuse_overlap(path, CreateOptions.of(format, {}), read=read)
+    with FileStorage.open(path) as target:
+        acquire(target, Role.CREATOR, name=target.name)
+        yield
 
 
 def existing_options(
     path: str | os.PathLike[str], format: str, *, source_size: int
 ) -> CreateOptions:
-    """The options under which the image at `path` was made, for its successor.
+    """The options under which the image at `path` was made, for its successor. `hold_existing`
+    guards it.
 
     Raises RequestError when the source is larger, when the image holds data beyond the source's
     end, or when it has something that a new image would lose."""
@@ -33,6 +54,7 @@ def existing_options(
         budget=TRUSTED,
         follow_backing=False,
         follow_data=False,
+        locking="off",
     )
     try:
         return _options(layers[0], os.fsdecode(path), source_size)

@@ -1,7 +1,8 @@
 """A file that has no name until it is complete. Reliability reference, section 4.3, first row.
 
 The content grows in `.<name>.<random>.part` beside its target, under a lock that the kernel drops
-when the writer dies. A later run for the same target removes every part that nobody holds."""
+when the writer dies. A later run for the same target removes every part that nobody holds. The
+target is locked too, as qemu locks images: a disk that a machine uses is not taken away from it."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from typing import Self
 
 from qcowkit.errors import RequestError, StorageError
 from qcowkit.storage.file import FileStorage, open_descriptor
+from qcowkit.storage.locking import LockMode, Role, acquire
 
 _NAME_MAX = 255
 _RANDOM_BYTES = 8
@@ -30,14 +32,24 @@ class AtomicOutput:
 
     path: the target; a symbolic link is followed, so that the link itself survives.
     replace: whether an existing target gives way. It keeps its mode, and its owner where we may
-    set one; access lists and extended attributes are not copied.
-    Raises RequestError for a target that is not a regular file, StorageError for all else. Only a
-    failure to make the rename durable, the very last step, finds the new file in place."""
+    set one; access lists and extended attributes are not copied. It is held until the end, so that
+    nobody begins to use what goes away; see `storage/locking.py`, also for `locking`.
+    Raises RequestError for a target that is not a regular file, ImageBusy for one that is in use,
+    StorageError for all else. Only a failure to make the rename durable, the very last step, finds
+    the new file in place."""
 
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = True,
+        locking: LockMode = "auto",
+    ) -> None:
         """Nothing is touched before the `with` statement is entered."""
         self._path = os.fsdecode(path)
         self._replace = replace
+        self._locking = locking
+        self._target: FileStorage | None = None
         self._directory_fd = -1
         self._name = ""
         self._part = ""
@@ -61,6 +73,7 @@ class AtomicOutput:
             target = self._target_status()
             if target is not None and not self._replace:
                 raise StorageError("create", path=self._path, errno=errno.EEXIST)
+            self._hold_target()
             self._remove_stale_parts()
             # Until it may be as readable as its predecessor, nobody else can read it.
             self._create_part(mode=0o666 if target is None else 0o600)
@@ -76,6 +89,8 @@ class AtomicOutput:
         """Make the content durable, then give it its name. Nothing to undo if this raises."""
         assert not self._committed, "the output was committed before"
         self.storage.flush()
+        # What lies there by now may have come later than we did.
+        self._hold_target()
         try:
             self._copy_status()
             os.fsync(self.storage.fileno())
@@ -113,6 +128,34 @@ class AtomicOutput:
                 "it can only be written in place"
             )
         return found
+
+    def _hold_target(self) -> None:
+        """Hold what has the target's name, if that may be replaced and is not held already."""
+        while self._replace and self._locking != "off" and self._target_status() is not None:
+            if self._target is None:
+                self._target = self._open_target()
+                continue
+            if _is_named(self._target.fileno(), self._name, dir_fd=self._directory_fd):
+                return
+            target, self._target = self._target, None
+            target.close()
+
+    def _open_target(self) -> FileStorage | None:
+        """The target under its lock, None where it is gone again."""
+        try:
+            target = FileStorage.open(
+                self._name, follow=False, dir_fd=self._directory_fd, name=self._path
+            )
+        except StorageError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        try:
+            acquire(target, Role.CREATOR, name=self._path, mode=self._locking)
+        except BaseException:
+            target.close()
+            raise
+        return target
 
     def _create_part(self, *, mode: int) -> None:
         while self._storage is None:
@@ -176,6 +219,9 @@ class AtomicOutput:
             self._drop(storage)
         elif storage is not None:
             storage.close()
+        target, self._target = self._target, None
+        if target is not None:
+            target.close()
         if self._directory_fd >= 0:
             os.close(self._directory_fd)
             self._directory_fd = -1

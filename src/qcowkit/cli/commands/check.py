@@ -52,7 +52,12 @@ def run(args: Namespace) -> int:
     """Check the image alone: its backing chain and data file are neither opened nor needed."""
     parse_objects(args.objects)
     (spec,) = image_specs(args, [args.file], format=args.format)
-    layer = open_for_check(spec.path, format=spec.format)
+    layer = open_for_check(
+        spec.path,
+        format=spec.format,
+        locking=spec.opening.locking,
+        force_share=spec.opening.force_share,
+    )
     try:
         warn(args, layer.warnings)
         if layer.metadata.format == "raw":

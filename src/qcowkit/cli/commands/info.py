@@ -69,6 +69,8 @@ def _describe(args: Namespace, spec: ImageSpec) -> list[Info]:
         budget=TRUSTED,
         follow_backing=args.backing_chain,
         follow_data=False,
+        locking=spec.opening.locking,
+        force_share=spec.opening.force_share,
     )
     try:
         for layer in layers:
