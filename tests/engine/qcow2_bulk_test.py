@@ -16,7 +16,8 @@ from qcowkit.codecs.qcow2.entries import ALL_ALLOCATED, COPIED
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.codecs.qcow2.refcount_block import decode_refcounts
 from qcowkit.engine.findings import Effort, FindingLog
-from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter, preallocate
+from qcowkit.engine.preallocate import preallocate
+from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter
 from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout, plan_layout
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata

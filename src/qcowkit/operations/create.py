@@ -12,7 +12,8 @@ from typing import Self
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
-from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter, preallocate
+from qcowkit.engine.preallocate import preallocate
+from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter
 from qcowkit.engine.qcow2.layout import plan_layout
 from qcowkit.engine.qcow2.spec import Qcow2Spec
 from qcowkit.engine.raw_bulk import RawBulkWriter

@@ -23,9 +23,8 @@ from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
 from qcowkit.engine.qcow2.spec import Qcow2Spec
 from qcowkit.engine.transfer import MAX_DIRECT, Blob, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import SECTOR, MiB, ceil_div
+from qcowkit.units import SECTOR, ceil_div
 
-_ZEROS = bytes(1 * MiB)
 # Clusters counted before finished refcount blocks are written: bounds memory.
 _REFCOUNT_STEP = 1 << 20
 
@@ -266,13 +265,3 @@ def _pack_bits(mask: npt.NDArray[np.bool_]) -> Uint64Array:
     """Rows of 32 booleans as 32-bit words, first column in bit 0."""
     packed = np.packbits(mask, axis=1, bitorder="little")
     return np.ascontiguousarray(packed).view("<u4").ravel().astype(np.uint64)
-
-
-def preallocate(storage: Storage, *, offset: int, length: int, mode: str) -> None:
-    """Give a data area its host space. falloc reserves, full writes zeros, others do nothing."""
-    if mode == "falloc" and length:
-        storage.allocate(offset=offset, length=length)
-    elif mode == "full":
-        for at in range(offset, offset + length, len(_ZEROS)):
-            part = min(len(_ZEROS), offset + length - at)
-            storage.pwrite([memoryview(_ZEROS)[:part]], offset=at)
