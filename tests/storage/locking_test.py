@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from qcowkit.errors import ImageBusy, StorageError
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.locking import FileLock, LockMode, Role, acquire
 from qcowkit.units import MiB
+from tests.locks import FLOCK, held_bytes
 
 READER, WRITER, SHARED, CREATOR = Role.READER, Role.WRITER, Role.SHARED, Role.CREATOR
 
@@ -35,20 +35,6 @@ BYTES = {
     SHARED: [100],
     CREATOR: [101, 103, 201, 203],
 }
-
-_FLOCK = struct.Struct("@hhqqi0q")
-
-
-def held_bytes(path: Path) -> list[int]:
-    """The bytes of the file that somebody holds, as a stranger sees them."""
-
-    def held(fd: int, byte: int) -> bool:
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
-        return bool(answer[0] != fcntl.F_UNLCK)
-
-    with open(path, "rb") as file:
-        return [byte for byte in range(300) if held(file.fileno(), byte)]
 
 
 class Users:
@@ -84,7 +70,7 @@ class Host:
 
     def __call__(self, fd: int, command: int, request: bytes) -> bytes:
         number = len(self.commands)
-        kind, _, byte, *_ = _FLOCK.unpack(request)
+        kind, _, byte, *_ = FLOCK.unpack(request)
         self.commands.append((command, kind, byte))
         if self._before is not None:
             self._before(number, command)
@@ -157,7 +143,7 @@ def test_a_message_says_which_use_excludes_and_the_way_out(
 @pytest.mark.parametrize("role", [READER, SHARED])
 def test_a_reader_minds_a_user_that_lets_nobody_read(users: Users, role: Role) -> None:
     stranger = users.open().fileno()
-    request = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 200, 1, 0)
+    request = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 200, 1, 0)
     fcntl.fcntl(stranger, fcntl.F_OFD_SETLK, request)
     with pytest.raises(ImageBusy) as caught:
         users.lock(role)
