@@ -201,7 +201,7 @@ class CrashFiles:
     times one after the other.
 
     bases: their contents when the journal began. effects, flushes: the journal. live: what a
-    reader sees now."""
+    reader sees now. failed_flushes: how often one has failed."""
 
     def __init__(
         self,
@@ -223,6 +223,7 @@ class CrashFiles:
         self.bases = tuple(content.copy() for content in self.live)
         self.effects: list[Effect] = []
         self.flushes: list[FlushPoint] = []
+        self.failed_flushes = 0
         self._clock = 0
         self._durable = list(self.bases)
         self._flushed = [0] * len(self.live)
@@ -261,6 +262,7 @@ class CrashFiles:
     def fail_flush(self, index: int) -> None:
         """A flush fails as the kernel's does: what was not durable yet is lost for good, while the
         cache goes on showing it, and later flushes succeed without it."""
+        self.failed_flushes += 1
         self._lost.update(effect.sequence for effect in self._pending(index))
         self._diverged[index] = True
 
