@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qcowkit.codecs.qcow2.entries import COPIED, EntryRules
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.engine.qcow2.mapping import WINDOW_ENTRIES, Mapping
-from qcowkit.engine.qcow2.tables import L2Tables, SliceCache, load_l1, native_words, read_words
+from qcowkit.engine.qcow2.tables import L2Tables, load_l1, native_words, read_words
 from qcowkit.errors import CorruptMetadata
 from qcowkit.extents.table import ExtentTable, Flag
 from qcowkit.storage.memory import MemoryStorage
@@ -29,8 +29,13 @@ def mapping(
 ) -> Mapping:
     geometry = geometry or Geometry(cluster_bits=9)
     return Mapping(
-        l1=np.array(l1, np.uint64),
-        tables=L2Tables(storage, geometry=geometry, cache_bytes=cache),
+        tables=L2Tables(
+            storage,
+            l1=np.array(l1, np.uint64),
+            geometry=geometry,
+            slice_size=geometry.cluster_size,
+            cache_bytes=cache,
+        ),
         rules=EntryRules(
             geometry=geometry, version=3, external_data=False, file_size=storage.size()
         ),
@@ -188,15 +193,6 @@ def test_small_reads_are_answered_from_the_cache() -> None:
         for start in range(0, found.size, 4096):
             found.extents(start=start, length=4096)
     assert len(storage.of("pread")) == 2
-
-
-def test_the_cache_holds_no_more_than_its_limit() -> None:
-    storage = RecordingStorage(MemoryStorage(bytes(64 * SIZE)))
-    cache = SliceCache(storage, slice_size=SIZE, limit=3 * SIZE)
-    for index in (0, 1, 2, 0, 3, 0, 1):
-        cache.get(index * SIZE)
-    # 3 pushed 1 out, the least recently used, and 1 had to be read again.
-    assert [call.offset // SIZE for call in storage.of("pread")] == [0, 1, 2, 3, 1]
 
 
 def test_words_are_native_after_reading() -> None:

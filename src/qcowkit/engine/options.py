@@ -1,7 +1,7 @@
 """How an image is opened: the options of qemu's block layer under their own names. Numpy-free.
 
-Source: qemu's documentation of the qcow2 driver ("qcow2 caches", "discard", "overlap checks"). Names
-are those of the command line with dashes for underscores: `l2-cache-size` is `l2_cache_size`."""
+Source: qemu's documentation of the qcow2 driver ("qcow2 caches", "overlap checks"). Names
+are those of the command line, underscores for dashes: `l2-cache-size` is `l2_cache_size`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ import numpy as np
 from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.entries import EntryRules
 from qcowkit.engine.holes import load_host_data, mark_holes
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
+from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
@@ -35,6 +37,7 @@ class Qcow2Image:
         data_storage: Storage | None,
         budget: Budget,
         snapshot: str | None = None,
+        options: OpenOptions = DEFAULT_OPTIONS,
     ) -> None:
         if metadata.encrypted:
             raise UnsupportedFeature(
@@ -47,7 +50,7 @@ class Qcow2Image:
         self.storage = storage
         self.data_storage = data_storage or storage
         self.cluster_size = metadata.geometry.cluster_size
-        self.mapping = _open_mapping(metadata, storage, budget, snapshot)
+        self.mapping = _open_mapping(metadata, storage, budget, snapshot, options)
         self.size = self.mapping.size
         self.clusters = ClusterReader(
             storage, kind=metadata.compression_type, cluster_size=self.cluster_size
@@ -96,7 +99,11 @@ class Qcow2Image:
 
 
 def _open_mapping(
-    metadata: Qcow2Metadata, storage: Storage, budget: Budget, snapshot: str | None
+    metadata: Qcow2Metadata,
+    storage: Storage,
+    budget: Budget,
+    snapshot: str | None,
+    options: OpenOptions,
 ) -> Mapping:
     geometry, header = metadata.geometry, metadata.header
     file_size = storage.size()
@@ -117,5 +124,12 @@ def _open_mapping(
     l1 = load_l1(storage, offset=offset, count=stored, geometry=geometry, file_size=file_size)
     # A snapshot of before its disk grew, and without a size of its own, has a shorter table.
     l1 = np.pad(l1, (0, needed - stored))
-    tables = L2Tables(storage, geometry=geometry, cache_bytes=budget.table_cache)
-    return Mapping(l1=l1, tables=tables, rules=rules, size=size)
+    sizes = plan_cache_sizes(geometry, virtual_size=size, options=options)
+    tables = L2Tables(
+        storage,
+        l1=l1,
+        geometry=geometry,
+        slice_size=sizes.l2_entry_bytes,
+        cache_bytes=min(sizes.l2_bytes, budget.table_cache),
+    )
+    return Mapping(tables=tables, rules=rules, size=size)

@@ -15,6 +15,7 @@ from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.protocol import Image, WritableImage
 from qcowkit.image.qcow2 import Qcow2Image
+from qcowkit.image.qcow2_write import WritableQcow2Image
 from qcowkit.image.raw import RawImage
 from qcowkit.image.vhd import VhdImage
 
@@ -115,6 +116,7 @@ def build_image(
             data_storage=layer.data_storage,
             budget=budget,
             snapshot=snapshot,
+            options=options,
         )
     if isinstance(metadata, VhdMetadata):
         return VhdImage(metadata, layer.storage)
@@ -123,4 +125,12 @@ def build_image(
 
 def build_writable(layer: Layer, *, budget: Budget, options: OpenOptions) -> WritableImage:
     """The address space of a top layer whose storage is writable."""
+    if isinstance(layer.metadata, Qcow2Metadata):
+        return WritableQcow2Image(
+            layer.metadata,
+            layer.storage,
+            data_storage=layer.data_storage,
+            budget=budget,
+            options=options,
+        )
     raise RequestError(f"{layer.metadata.format} images cannot be written yet")

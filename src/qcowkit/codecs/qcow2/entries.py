@@ -5,7 +5,7 @@ module indexes the bits of an L2 word."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -64,6 +64,11 @@ class EntryRules:
     version: int
     external_data: bool
     file_size: int
+    cluster_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A lookup has no time to ask the geometry.
+        object.__setattr__(self, "cluster_size", self.geometry.cluster_size)
 
 
 def l1_host(entry: int) -> int:
@@ -145,6 +150,66 @@ def classify(entry: int, bitmap: int, subcluster: int, *, rules: EntryRules) -> 
     return SubclusterState.UNALLOCATED_ALLOC if has_host else SubclusterState.UNALLOCATED_PLAIN
 
 
+class Hit(IntEnum):
+    """What a lookup found. OTHER: compressed, or not what the specification allows."""
+
+    NONE = 0
+    DATA = 1
+    ZERO = 2
+    OTHER = 3
+
+
+_NONE, _DATA, _ZERO, _OTHER = Hit.NONE, Hit.DATA, Hit.ZERO, Hit.OTHER
+_FLAGS = (1 << 64) - 1 - OFFSET_MASK
+
+
+def classify_cluster(entry: int, *, offset: int, rules: EntryRules) -> tuple[Hit, int, int]:
+    """(kind, host offset, bytes to the end of the cluster) of guest `offset`, by its entry."""
+    size = rules.cluster_size
+    inside = offset & (size - 1)
+    host = entry & OFFSET_MASK
+    if host & (size - 1):
+        return _OTHER, -1, size - inside
+    flags = entry & _FLAGS
+    if flags == COPIED:
+        if host or rules.external_data:
+            return _DATA, host + inside, size - inside
+        return _NONE, -1, size - inside
+    if not flags:
+        return (_DATA, host + inside, size - inside) if host else (_NONE, -1, size - inside)
+    if flags & ~COPIED == READS_ZERO and rules.version >= 3:
+        return _ZERO, -1, size - inside
+    return _OTHER, -1, size - inside
+
+
+def classify_subcluster(
+    entry: int, bitmap: int, *, offset: int, rules: EntryRules
+) -> tuple[Hit, int, int]:
+    """The same with subclusters: the run ends where their state changes."""
+    geometry = rules.geometry
+    size, unit = geometry.cluster_size, geometry.subcluster_size
+    inside = offset & (size - 1)
+    host = entry & OFFSET_MASK
+    allocated, zero = bitmap & ALL_ALLOCATED, bitmap >> 32
+    has_host = host != 0 or (rules.external_data and entry & COPIED != 0)
+    # Bit 0 is reserved here, and ignored.
+    sound = not entry & (_FLAGS & ~COPIED & ~READS_ZERO) and not host & (size - 1)
+    if not sound or allocated & zero or (allocated and not has_host):
+        return _OTHER, -1, size - inside
+    first = inside // unit
+    if allocated >> first & 1:
+        same, kind = allocated, _DATA
+    elif zero >> first & 1:
+        same, kind = zero, _ZERO
+    else:
+        same, kind = ~(allocated | zero) & ALL_ALLOCATED, _NONE
+    same >>= first
+    # Counts the ones from the lowest bit on.
+    count = (~same & (same + 1)).bit_length() - 1
+    run = (first + count) * unit - inside
+    return kind, host + inside if kind is _DATA else -1, run
+
+
 def _entry_has_host(entry: int, bitmap: int, rules: EntryRules) -> bool:
     # With an external data file, offset 0 is a cluster when COPIED is set.
     return bool(entry & OFFSET_MASK) or (rules.external_data and bool(entry & COPIED))
@@ -211,7 +276,7 @@ def map_entries(
     entries, bitmaps: native uint64, shape (n,). starts: int64 guest offsets of the clusters,
     ascending; rows merge only where the guest is contiguous too. The table may have gaps where
     `starts` has. Raises BadEntry with the index of the first entry that breaks the rules."""
-    faulty = _find_fault(entries, bitmaps, rules)
+    faulty = find_fault(entries, bitmaps, rules)
     if faulty is not None:
         raise faulty
     words = entries.view(np.int64)
@@ -238,10 +303,12 @@ class BadEntry(Exception):
         super().__init__(reason)
 
 
-def _find_fault(
+def find_fault(
     entries: Uint64Array, bitmaps: Uint64Array | None, rules: EntryRules
 ) -> BadEntry | None:
-    """Cheap vector tests first; the scalar twin then words the reason."""
+    """The first entry that breaks a rule, or None. Shapes as for `map_entries`.
+
+    Cheap vector tests first; the scalar twin then words the reason."""
     words = entries.view(np.int64)
     compressed = (words & np.int64(COMPRESSED)) != 0
     cluster_mask = rules.geometry.cluster_size - 1

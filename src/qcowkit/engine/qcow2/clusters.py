@@ -43,6 +43,13 @@ class ClusterReader:
         self._cluster_size = cluster_size
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
+        self._version = 0
+
+    def forget(self) -> None:
+        """Host clusters have changed hands: nothing that was decoded counts any more."""
+        with self._lock:
+            self._version += 1
+            self._recent.clear()
 
     def read_into(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """Put the bytes of compressed rows where they belong; buffer[0] is guest offset `base`."""
@@ -76,11 +83,12 @@ class ClusterReader:
     def _read_part(self, run: Extent, buffer: memoryview, base: int) -> None:
         """Small sequential reads come back to the same cluster: keep the last few decoded."""
         with self._lock:
-            data = self._recent.get(run.host)
+            data, version = self._recent.get(run.host), self._version
         if data is None:
             data = self.decode(self.read_stored(run), host=run.host)
             with self._lock:
-                self._recent[run.host] = data
+                if self._version == version:
+                    self._recent[run.host] = data
                 while len(self._recent) > max(1, _KEEP_BYTES // self._cluster_size):
                     self._recent.popitem(last=False)
         self._put(run, data, buffer, base)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from qcowkit.codecs.qcow2.entries import (
     OFFSET_MASK,
     BadEntry,
     EntryRules,
+    Hit,
     Uint64Array,
+    classify_cluster,
+    classify_subcluster,
     map_entries,
     split_words,
 )
@@ -31,14 +32,41 @@ WINDOW_ENTRIES = 1 << 18
 _L1_STEP = 1 << 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Mapping:
-    """The tables of one address space: the active disk or a snapshot. `size`: guest bytes."""
+    """The tables of one address space: the active disk or a snapshot. `size`: guest bytes.
 
-    l1: Uint64Array
-    tables: L2Tables
-    rules: EntryRules
-    size: int
+    Reads only; a writer changes `size`, `rules` and the tables under it."""
+
+    def __init__(self, *, tables: L2Tables, rules: EntryRules, size: int) -> None:
+        self.tables = tables
+        self.rules = rules
+        self.size = size
+        geometry = rules.geometry
+        # Bound once: a lookup counts nanoseconds.
+        self._bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._extended = geometry.has_subclusters
+        self._entries = tables.slice_entries
+        self._find = tables.cache.find
+
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """What one guest byte is: (kind, host offset, bytes up to which that holds), the scalar twin
+        of `extents`. The run ends with the cluster, or where there is no L2 table with that of its
+        L1 entry. OTHER is for `extents` to judge: compressed, or malformed."""
+        cluster = offset >> self._bits
+        number = cluster // self._entries
+        words = self._find(number)
+        if words is None:
+            coverage = self.rules.geometry.l2_coverage
+            if not int(self.tables.l1[offset // coverage]) & OFFSET_MASK:
+                return Hit.NONE, -1, coverage - offset % coverage
+            words = self.tables.slice(number)
+        index = cluster - number * self._entries
+        if self._extended:
+            return classify_subcluster(
+                words[2 * index], words[2 * index + 1], offset=offset, rules=self.rules
+            )
+        return classify_cluster(words[index], offset=offset, rules=self.rules)
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """As `Image.extents`: covers less than asked once about `limit` rows may have come."""
@@ -80,7 +108,7 @@ class Mapping:
         found: list[Int64Array] = []
         count = 0
         while first < stop and count < most:
-            part = self.l1[first : min(stop, first + _L1_STEP)] & np.uint64(OFFSET_MASK)
+            part = self.tables.l1[first : min(stop, first + _L1_STEP)] & np.uint64(OFFSET_MASK)
             used = (np.flatnonzero(part) + first).astype(np.int64)
             found.append(used)
             first, count = first + _L1_STEP, count + len(used)
@@ -91,7 +119,7 @@ class Mapping:
     ) -> tuple[ExtentTable, int]:
         """A range below one L1 entry: only the words needed are loaded."""
         geometry = self.rules.geometry
-        word = int(self.l1[index])
+        word = int(self.tables.l1[index])
         if not word & OFFSET_MASK:
             return single(start, stop - start, Flag.NONE), 0
         bits = geometry.cluster_bits
@@ -99,15 +127,15 @@ class Mapping:
         count = min(((stop - 1) >> bits) + 1 - cluster, entries)
         stop = min(stop, (cluster + count) << bits)
         first = geometry.l2_index(start)
-        words = self.tables.load_part(word, first=first, count=count)
+        words = self.tables.load_part(index, first=first, count=count)
         starts = (cluster + np.arange(count, dtype=np.int64)) << bits
         table = self._decode(words, starts, np.array([word], dtype=np.uint64), skipped=first)
         return clip(table, start, stop), count
 
     def _tables(self, used: Int64Array) -> ExtentTable:
         geometry = self.rules.geometry
-        l1_entries = self.l1[used]
-        words = self.tables.load_whole(l1_entries)
+        l1_entries = self.tables.l1[used]
+        words = self.tables.load_whole(used)
         clusters = np.arange(geometry.l2_entries, dtype=np.int64) << geometry.cluster_bits
         starts = (used.astype(np.int64)[:, None] * geometry.l2_coverage + clusters).ravel()
         return self._decode(words, starts, l1_entries, skipped=0)

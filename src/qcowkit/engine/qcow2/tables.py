@@ -1,25 +1,21 @@
-"""L1 and L2 tables of one qcow2 image in memory: loaded in bulk, cached by slice, bounded.
-
-A slice is a part of an L2 table; the cache knows no image, only a storage and its sizes."""
+"""L1 and L2 tables of one qcow2 image in memory: loaded in bulk, cached by slice, bounded."""
 
 from __future__ import annotations
 
 import sys
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
 
 from qcowkit.codecs.qcow2.entries import OFFSET_MASK, Uint64Array, check_l1
 from qcowkit.codecs.qcow2.geometry import Geometry
+from qcowkit.engine.qcow2.cache import MetadataCache
 from qcowkit.errors import CorruptMetadata
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import KiB, MiB
+from qcowkit.units import MiB
 
-MAX_SLICE = 64 * KiB
 MAX_READ = 4 * MiB
 assert array("Q").itemsize == 8
 
@@ -57,77 +53,119 @@ def load_l1(
     return words
 
 
-class SliceCache:
-    """The most recently used L2 slices, `limit` bytes at most. Safe from several threads."""
-
-    def __init__(self, storage: Storage, *, slice_size: int, limit: int) -> None:
-        self._storage = storage
-        self._slice_size = slice_size
-        self._capacity = max(2, limit // slice_size)
-        self._slices: OrderedDict[int, array[int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, host_offset: int) -> array[int]:
-        """The slice at `host_offset` (a multiple of the slice size), native words."""
-        with self._lock:
-            words = self._slices.get(host_offset)
-            if words is not None:
-                self._slices.move_to_end(host_offset)
-                return words
-        words = native_words(_pad(self._storage, host_offset, self._slice_size))
-        with self._lock:
-            self._slices[host_offset] = words
-            while len(self._slices) > self._capacity:
-                self._slices.popitem(last=False)
-        return words
-
-
-def _pad(storage: Storage, offset: int, length: int) -> bytes:
-    """Bytes of a table; a file that ends inside its last cluster reads as zeros there."""
-    raw = storage.pread(length, offset=offset)
-    return raw if len(raw) == length else raw.ljust(length, b"\0")
+def encode_words(words: array[int], first: int, last: int) -> bytes:
+    """Bytes [first, last) of a table of native words, as they are on disk."""
+    part = words[first // 8 : last // 8]
+    if sys.byteorder == "little":
+        part.byteswap()
+    return part.tobytes()
 
 
 class L2Tables:
-    """Reads L2 words by L1 entry. Offsets are host bytes."""
+    """The mapping of one address space: its L1 entries, and its L2 tables by slices.
 
-    def __init__(self, storage: Storage, *, geometry: Geometry, cache_bytes: int) -> None:
+    l1: native uint64, shape (entries,), changed in place by the writer. A slice is the part of an
+    L2 table that is cached as one; its number counts slices from guest offset 0."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        l1: Uint64Array,
+        geometry: Geometry,
+        slice_size: int,
+        cache_bytes: int,
+    ) -> None:
         self._storage = storage
         self._geometry = geometry
-        self.slice_size = min(geometry.cluster_size, MAX_SLICE)
-        self.slice_entries = self.slice_size // geometry.l2_entry_size
-        self._cache = SliceCache(storage, slice_size=self.slice_size, limit=cache_bytes)
+        self.l1 = l1
+        self.slice_size = slice_size
+        self.slice_entries = slice_size // geometry.l2_entry_size
+        self.slices_per_table = geometry.l2_entries // self.slice_entries
+        self.cache: MetadataCache[array[int]] = MetadataCache(
+            storage,
+            entry_size=slice_size,
+            limit=cache_bytes,
+            decode=native_words,
+            encode=encode_words,
+        )
 
-    def load_part(self, l1_entry: int, *, first: int, count: int) -> Uint64Array:
+    def place(self, number: int) -> int:
+        """The host offset of a slice, whose table must exist."""
+        table, part = divmod(number, self.slices_per_table)
+        return (int(self.l1[table]) & OFFSET_MASK) + part * self.slice_size
+
+    def slice(self, number: int) -> array[int]:
+        """The words of a slice, whose table must exist. Raises StorageError."""
+        return self.cache.get(number, offset=self.place(number))
+
+    def load_part(self, l1_index: int, *, first: int, count: int) -> Uint64Array:
         """Words of entries [first, first + count) of a table, through the cache when they are few.
 
         Shape (count * words an entry,)."""
-        size = self._geometry.l2_entry_size
-        table = l1_entry & OFFSET_MASK
+        words_an_entry = self._geometry.l2_entry_size // 8
         begin = first // self.slice_entries
         end = (first + count - 1) // self.slice_entries + 1
-        if end - begin <= 2:
-            parts = [
-                np.frombuffer(self._cache.get(table + index * self.slice_size), dtype=np.uint64)
-                for index in range(begin, end)
-            ]
-            words = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            skip = (first - begin * self.slice_entries) * size // 8
-            return words[skip : skip + count * size // 8]
-        raw = _pad(self._storage, table + first * size, count * size)
-        return np.frombuffer(native_words(raw), dtype=np.uint64)
+        if end - begin > 2:
+            return self._load_range(l1_index, first=first, count=count)
+        base = l1_index * self.slices_per_table
+        parts = [
+            np.frombuffer(self.slice(base + index), dtype=np.uint64) for index in range(begin, end)
+        ]
+        # A copy in any case: a writer may change the slice next.
+        words = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        skip = (first - begin * self.slice_entries) * words_an_entry
+        return words[skip : skip + count * words_an_entry].copy()
 
-    def load_whole(self, l1_entries: Uint64Array) -> Uint64Array:
-        """All words of several tables, in order; neighbours in the file share a read."""
+    def _load_range(self, l1_index: int, *, first: int, count: int) -> Uint64Array:
+        """The same beside the cache; what is changed there counts."""
+        size = self._geometry.l2_entry_size
+        base = l1_index * self.slices_per_table * self.slice_size // 8
+        begin = first * size // 8
+        while True:
+            stores = self.cache.stores
+            table = int(self.l1[l1_index]) & OFFSET_MASK
+            raw = self._storage.pread(count * size, offset=table + first * size)
+            words = np.frombuffer(native_words(raw.ljust(count * size, b"\0")), dtype=np.uint64)
+            self._overlay(words, base + begin)
+            if self.cache.stores == stores:
+                return words
+
+    def load_whole(self, l1_indices: Int64Array) -> Uint64Array:
+        """All words of several tables, in order; neighbours in the file share a read.
+
+        They do not go through the cache, but what is changed there counts."""
         size = self._geometry.cluster_size
-        offsets = (l1_entries & np.uint64(OFFSET_MASK)).astype(np.int64)
-        raw = bytearray(len(offsets) * size)
+        raw = bytearray(len(l1_indices) * size)
         view = memoryview(raw)
-        for index, count in _neighbours(offsets, size):
-            part = view[index * size : (index + count) * size]
-            self._storage.pread_into(part, offset=int(offsets[index]))
-        # One swap of the whole buffer; bytes past the end of the file stay zero.
-        return np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+        while True:
+            stores = self.cache.stores
+            offsets = (self.l1[l1_indices] & np.uint64(OFFSET_MASK)).astype(np.int64)
+            for index, count in _neighbours(offsets, size):
+                part = view[index * size : (index + count) * size]
+                self._storage.pread_into(part, offset=int(offsets[index]))
+            # One swap of the whole buffer; bytes past the end of the file stay zero.
+            words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+            if self.cache.dirty:
+                length = size // 8
+                for index, table in enumerate(l1_indices.tolist()):
+                    whole = words[index * length : (index + 1) * length]
+                    self._overlay(whole, table * length)
+            if self.cache.stores == stores:
+                return words
+
+    def _overlay(self, words: Uint64Array, base: int) -> None:
+        """Put changed slices over words from the file; `base` counts words from guest offset 0."""
+        if not self.cache.dirty:
+            return
+        length = self.slice_size // 8
+        first, last = base // length, (base + len(words) - 1) // length
+        for number in self.cache.dirty_keys():
+            if first <= number <= last:
+                changed = np.frombuffer(self.slice(number), dtype=np.uint64)
+                at = number * length - base
+                begin, end = max(at, 0), min(at + length, len(words))
+                words[begin:end] = changed[begin - at : end - at]
 
 
 def _neighbours(offsets: Int64Array, size: int) -> Iterator[tuple[int, int]]:

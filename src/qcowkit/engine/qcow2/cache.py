@@ -1,0 +1,185 @@
+"""Parts of tables in memory: bounded, changed in place, written back together.
+
+The cache knows no image, only a storage and the size of an entry. Keys are the caller's numbers;
+where an entry lies is said when it is first needed and again when it is written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR, align_down, align_up
+
+Value = TypeVar("Value")
+
+
+class MetadataCache(Generic[Value]):
+    """Entries of `entry_size` bytes, `limit` bytes in all (but two entries at least).
+
+    Two generations stand for the order of last use: an entry of the old one that is used moves to
+    the young one, and room is made from the old one, which costs a hit nothing. Changed entries
+    stay until `store` has written them. Safe from several threads; changes come from one."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        entry_size: int,
+        limit: int,
+        decode: Callable[[bytes], Value],
+        encode: Callable[[Value, int, int], bytes],
+    ) -> None:
+        """decode: from the bytes of an entry. encode: bytes [first, last) of it, from a value."""
+        self.entry_size = entry_size
+        self.capacity = max(2, limit // entry_size)
+        self._storage = storage
+        self._decode = decode
+        self._encode = encode
+        self._young: dict[int, Value] = {}
+        self._old: dict[int, Value] = {}
+        self._dirty: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        # Counts write-backs: whoever reads the storage beside the cache looks whether it moved.
+        self.stores = 0
+        # The fast way to an entry of the young generation, for loops that count nanoseconds.
+        self.find = self._young.get
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much is changed that it should be written back."""
+        return len(self._dirty) > self.capacity // 2
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything is to be written."""
+        return bool(self._dirty)
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    def get(self, key: int, *, offset: int) -> Value:
+        """The entry, read at host `offset` where it is not in memory. Raises StorageError."""
+        value = self._young.get(key)
+        if value is not None:
+            return value
+        with self._lock:
+            value = self._promote(key)
+            stores = self.stores
+        while value is None:
+            raw = self._storage.pread(self.entry_size, offset=offset)
+            # The file may end inside of its last cluster.
+            loaded = self._decode(raw.ljust(self.entry_size, b"\0"))
+            with self._lock:
+                value = self._promote(key)
+                if value is None and self.stores == stores:
+                    self._insert(key, loaded)
+                    return loaded
+                stores = self.stores
+        return value
+
+    def edit(self, key: int, *, offset: int, first: int, last: int) -> Value:
+        """The entry, whose bytes [first, last) the caller is going to change."""
+        while True:
+            value = self.get(key, offset=offset)
+            with self._lock:
+                # It may have been dropped in between, and loaded anew by somebody else.
+                if self._promote(key) is value:
+                    before = self._dirty.get(key, (first, last))
+                    self._dirty[key] = min(before[0], first), max(before[1], last)
+                    return value
+
+    def put(self, key: int, value: Value) -> None:
+        """A new entry, to be written as a whole."""
+        with self._lock:
+            self._forget(key)
+            self._insert(key, value)
+            self._dirty[key] = (0, self.entry_size)
+
+    def set_limit(self, limit: int) -> None:
+        """Another limit in bytes; what is too much goes as room is next made."""
+        self.capacity = max(2, limit // self.entry_size)
+
+    def dirty_keys(self) -> list[int]:
+        """The keys of changed entries, ascending."""
+        return sorted(self._dirty)
+
+    def store(self, place: Callable[[int], int]) -> None:
+        """Write what has changed, neighbours together; `place` gives host offsets by key.
+
+        Whole sectors are written, so that a torn write cannot mix two states of one word. Nothing
+        counts as written if any part fails. Raises StorageError."""
+        for offset, parts in self._runs(place):
+            self._storage.pwrite(parts, offset=offset)
+        with self._lock:
+            self._dirty.clear()
+            self.stores += 1
+
+    def _runs(self, place: Callable[[int], int]) -> Iterator[tuple[int, list[bytes]]]:
+        """(host offset, pieces that follow one another)."""
+        begin, end, parts = 0, -1, list[bytes]()
+        for offset, key in sorted((place(key), key) for key in self._dirty):
+            first, last = self._dirty[key]
+            first, last = align_down(first, SECTOR), align_up(last, SECTOR)
+            if offset + first != end:
+                if parts:
+                    yield begin, parts
+                begin, parts = offset + first, []
+            parts.append(self._encode(self._value(key), first, last))
+            end = offset + last
+        if parts:
+            yield begin, parts
+
+    def drop(self, keys: Iterator[int] | range) -> None:
+        """Forget entries, changed or not: what they were of is gone."""
+        with self._lock:
+            if isinstance(keys, range) and len(keys) > len(self):
+                keys = iter([key for key in (*self._young, *self._old) if key in keys])
+            for key in keys:
+                self._forget(key)
+            self.stores += 1
+
+    def clean(self) -> None:
+        """Drop unchanged entries that were not used since the last time."""
+        with self._lock:
+            for key in [key for key in self._old if key not in self._dirty]:
+                del self._old[key]
+            self._old.update(self._young)
+            self._young.clear()
+
+    def _value(self, key: int) -> Value:
+        value = self._young.get(key)
+        return self._old[key] if value is None else value
+
+    def _promote(self, key: int) -> Value | None:
+        value = self._young.get(key)
+        if value is None:
+            value = self._old.pop(key, None)
+            if value is not None:
+                self._young[key] = value
+        return value
+
+    def _forget(self, key: int) -> None:
+        self._young.pop(key, None)
+        self._old.pop(key, None)
+        self._dirty.pop(key, None)
+
+    def _insert(self, key: int, value: Value) -> None:
+        while len(self) >= self.capacity and self._evict():
+            pass
+        self._young[key] = value
+
+    def _evict(self) -> bool:
+        """Make room for one entry. False where all are changed: then it has to wait for `store`."""
+        for _ in range(len(self)):
+            if not self._old:
+                # All that is here now has to prove itself by being used.
+                self._old.update(self._young)
+                self._young.clear()
+            key = next(iter(self._old))
+            value = self._old.pop(key)
+            if key not in self._dirty:
+                return True
+            self._young[key] = value
+        return False

@@ -1,0 +1,229 @@
+"""The guest's hand on a qcow2 image: every change, one at a time (docs/adr/0010)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from qcowkit.codecs.qcow2.entries import COPIED, OFFSET_MASK
+from qcowkit.engine.barriers import Barriers, Observer, ignore_event
+from qcowkit.engine.options import OpenOptions
+from qcowkit.engine.qcow2.clusters import ClusterReader
+from qcowkit.engine.qcow2.erase import Eraser
+from qcowkit.engine.qcow2.old_content import Below, OldContent
+from qcowkit.engine.qcow2.overlap import OverlapGuard, chosen_checks
+from qcowkit.engine.qcow2.refcounts import load_refcount_table
+from qcowkit.engine.qcow2.resize import Resizer
+from qcowkit.engine.qcow2.state import Places, WriteState
+from qcowkit.engine.qcow2.tables import native_words, read_words
+from qcowkit.engine.qcow2.write import Writer
+from qcowkit.engine.qcow2.write_compressed import CompressedWriter
+from qcowkit.errors import CorruptMetadata
+
+_FLAGS = (1 << 64) - 1 - OFFSET_MASK
+
+
+class Qcow2Disk:
+    """Changes the active disk of one image. Safe from several threads. Offsets in guest bytes; the
+    caller keeps them inside the disk."""
+
+    def __init__(
+        self,
+        places: Places,
+        clusters: ClusterReader,
+        *,
+        options: OpenOptions,
+        observe: Observer = ignore_event,
+    ) -> None:
+        """observe: told of barriers and metadata steps by name, before they happen."""
+        files = [places.storage]
+        if places.data is not places.storage:
+            # Data first: what is durable in the tables must be durable there before.
+            files.insert(0, places.data)
+        table = load_refcount_table(places.storage, places.metadata)
+        state = WriteState(
+            places,
+            table=native_words(table.astype(">u8").tobytes()),
+            guard=make_guard(places, table, options),
+            barriers=Barriers(*files, observe=observe),
+            options=options,
+        )
+        self.state = state
+        self._clusters = clusters
+        self._old = OldContent(state, clusters)
+        self._writer = Writer(state, self._old)
+        self._eraser = Eraser(state, self._writer, self._old)
+        self._compressed = None if state.external else CompressedWriter(state, self._writer)
+        self._resizer = Resizer(state, self._writer, self._eraser, self._old)
+        self._lock = state.lock
+        self._bind()
+
+    def _bind(self) -> None:
+        """What a small write needs at once."""
+        state = self.state
+        self._bits = state.geometry.cluster_bits
+        self._mask = state.geometry.cluster_size - 1
+        self._unit_bits = state.geometry.subcluster_size.bit_length() - 1
+        self._extended = state.geometry.has_subclusters
+        self._entries = state.tables.slice_entries
+        self._find = state.tables.cache.find
+        self._judged = state.judged
+        self._recent = state.guard.recent
+        self._external = state.external
+        self._put = state.data.pwrite
+        # Whether the first change was prepared, and nothing has failed since.
+        self._ready = False
+
+    def attach(self, below: Below | None) -> None:
+        """The layers under the image."""
+        self._old.below = below
+
+    @property
+    def releases(self) -> int:
+        """See `WriteState.releases`."""
+        return self.state.releases
+
+    def write(self, data: memoryview, *, offset: int) -> None:
+        """Plain data."""
+        with self._lock:
+            if self._ready:
+                host = self._in_place(offset, len(data))
+                if host >= 0:
+                    self.state.barriers.pending = True
+                    self._put((data,), offset=host)
+                    return
+            with self._change():
+                self._writer.write(data, offset=offset)
+
+    def _in_place(self, offset: int, length: int) -> int:
+        """The host offset of a range of one cluster that is overwritten where it lies, or -1.
+
+        The scalar twin of what `Writer` finds out: a warm slice, and an entry without surprises."""
+        cluster = offset >> self._bits
+        number = cluster // self._entries
+        words = self._find(number)
+        inside = offset & self._mask
+        if words is None or number not in self._judged or inside + length > self._mask + 1:
+            return -1
+        index = cluster - number * self._entries
+        if self._extended:
+            span = (2 << ((inside + length - 1) >> self._unit_bits)) - (
+                1 << (inside >> self._unit_bits)
+            )
+            if not length or words[2 * index + 1] & span != span:
+                return -1
+            index *= 2
+        entry = words[index]
+        if entry & _FLAGS != COPIED:
+            return -1
+        host = entry & OFFSET_MASK
+        if (not host and not self._external) or host >> self._bits in self._recent:
+            return -1
+        return host + inside
+
+    def write_compressed(self, data: memoryview, *, offset: int) -> None:
+        """Whole clusters, compressed."""
+        with self._lock, self._change():
+            writer = self._compressed or CompressedWriter(self.state, self._writer)
+            writer.write(data, offset=offset)
+
+    def write_zeroes(self, *, offset: int, length: int, unmap: bool, fallback: bool) -> None:
+        """Zeros, by entries where that can be."""
+        with self._lock, self._change():
+            self._eraser.write_zeroes(offset, length, unmap=unmap, fallback=fallback)
+
+    def discard(self, *, offset: int, length: int) -> None:
+        """Whole clusters given up."""
+        with self._lock, self._change():
+            self._eraser.discard(offset, length)
+
+    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
+        """Another size of the disk, in bytes."""
+        with self._lock, self._change():
+            self._resizer.resize(size, shrink=shrink, preallocation=preallocation)
+            self.state.resize_caches()
+
+    def flush(self) -> None:
+        """All that was acknowledged is durable."""
+        with self._lock:
+            if self.state.broken is not None:
+                raise self.state.broken
+            with self._guarded():
+                self.state.flush()
+
+    def close(self) -> None:
+        """Flush, and say that the image is sound; not where it was found to be corrupt."""
+        with self._lock:
+            if self.state.broken is None:
+                with self._guarded():
+                    self.state.close()
+
+    def clean(self) -> None:
+        """Drop cached tables that were not used since the last time."""
+        self.state.tables.cache.clean()
+        with self._lock:
+            self.state.refcounts.blocks.clean()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._guarded():
+            self.state.begin()
+            self._ready = True
+            yield
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Notice what the image's own tables contradict, and what changes hands."""
+        releases = self.state.releases
+        try:
+            yield
+        except CorruptMetadata as error:
+            self.state.fail(error)
+            self._ready = self.state.broken is None
+            raise
+        finally:
+            if self.state.barriers.failed:
+                self._ready = False
+            if self.state.releases != releases:
+                self._clusters.forget()
+
+
+def make_guard(
+    places: Places,
+    refcount_table: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    options: OpenOptions,
+) -> OverlapGuard:
+    """Where the metadata of an image lie, as far as `options` ask for it."""
+    metadata = places.metadata
+    header, geometry = metadata.header, metadata.geometry
+    guard = OverlapGuard(chosen_checks(options), cluster_bits=geometry.cluster_bits)
+    guard.add_region("main-header", offset=0, length=geometry.cluster_size)
+    guard.add_region("active-l1", offset=header.l1_table_offset, length=header.l1_bytes)
+    guard.add_region(
+        "refcount-table",
+        offset=header.refcount_table_offset,
+        length=header.refcount_table_clusters << geometry.cluster_bits,
+    )
+    guard.add_region(
+        "snapshot-table", offset=header.snapshots_offset, length=metadata.snapshot_table_bytes
+    )
+    bitmaps = metadata.extensions.bitmaps
+    if bitmaps is not None and metadata.bitmaps:
+        guard.add_region(
+            "bitmap-directory", offset=bitmaps.directory_offset, length=bitmaps.directory_size
+        )
+    guard.add_tables(places.mapping.tables.l1)
+    guard.add_blocks(native_words(refcount_table.astype(">u8").tobytes()))
+    for snapshot in metadata.snapshots:
+        guard.add_region("inactive-l1", offset=snapshot.l1_offset, length=snapshot.l1_bytes)
+        if "inactive-l2" in guard.names:
+            words = read_words(
+                places.storage,
+                offset=snapshot.l1_offset,
+                count=snapshot.l1_entries,
+                structure="snapshot L1 table",
+            )
+            guard.add_tables(words, name="inactive-l2")
+    return guard

@@ -1,0 +1,410 @@
+"""An image that is open for writing: its tables, its allocator, and the order of its changes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcowkit.codecs.qcow2.entries import (
+    COPIED,
+    OFFSET_MASK,
+    BadEntry,
+    Uint64Array,
+    find_fault,
+)
+from qcowkit.codecs.qcow2.header import Incompatible
+from qcowkit.codecs.qcow2.transitions import hosts_of, slice_columns
+from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.options import OpenOptions
+from qcowkit.engine.qcow2.allocator import NEVER, Allocator
+from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
+from qcowkit.engine.qcow2.header_writer import HeaderWriter
+from qcowkit.engine.qcow2.mapping import Mapping
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.overlap import OverlapGuard
+from qcowkit.engine.qcow2.refcount_store import RefcountStore
+from qcowkit.engine.qcow2.tables import encode_words, load_l1
+from qcowkit.errors import CorruptMetadata, QcowkitError, StorageError
+from qcowkit.extents.table import Int64Array
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import SECTOR, align_down, ceil_div
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """What a writer is made of. data: where guest clusters lie, `storage` itself mostly."""
+
+    storage: Storage
+    data: Storage
+    metadata: Qcow2Metadata
+    mapping: Mapping
+
+
+class WriteState:
+    """Everything a writer changes. The caller holds `lock` around each call.
+
+    releases: how often clusters were given back for another use; whoever reads without the lock
+    looks before and after (docs/adr/0010). broken: why nothing may be changed any more."""
+
+    def __init__(
+        self,
+        places: Places,
+        *,
+        table: array[int],
+        guard: OverlapGuard,
+        barriers: Barriers,
+        options: OpenOptions,
+    ) -> None:
+        """table: the refcount table as native words."""
+        storage, metadata = places.storage, places.metadata
+        self.storage = storage
+        self.data = places.data
+        self.metadata = metadata
+        self.mapping = places.mapping
+        self.tables = places.mapping.tables
+        self.geometry = metadata.geometry
+        self.external = metadata.data_file
+        self.options = options
+        self.lock = threading.RLock()
+        self.barriers = barriers
+        self.guard = guard
+        self.header = HeaderWriter(storage, metadata.header)
+        sizes = plan_cache_sizes(self.geometry, virtual_size=metadata.virtual_size, options=options)
+        self.refcounts = RefcountStore(
+            storage,
+            geometry=self.geometry,
+            table=table,
+            place=metadata.header.refcount_table_offset,
+            cache_bytes=sizes.refcount_bytes,
+        )
+        clusters = ceil_div(storage.size(), self.geometry.cluster_size)
+        self.allocator = Allocator(
+            self.refcounts, guard, file_clusters=NEVER if storage.caps.block_device else clusters
+        )
+        wanted = options.lazy_refcounts
+        self.lazy = metadata.lazy_refcounts if wanted is None else wanted
+        self.releases = 0
+        self.broken: QcowkitError | None = None
+        # Slices whose entries were judged before they were first used for writing.
+        self.judged: set[int] = set()
+        # An error that is not about this image's own tables.
+        self.foreign: QcowkitError | None = None
+        self._dirty_l1: set[int] = set()
+        self._moved_l1: tuple[int, int] | None = None
+        # Called with the L1 indices whose tables are about to change on disk.
+        self.before_l2: Callable[[list[int]], None] | None = None
+
+    # Tables
+
+    def ensure_table(self, index: int) -> None:
+        """The L2 table of an L1 entry is there and nobody else's. Raises StorageError,
+        CorruptMetadata and RequestError."""
+        entry = int(self.tables.l1[index])
+        old = entry & OFFSET_MASK
+        if old and entry & COPIED:
+            return
+        size = self.geometry.cluster_size
+        self.barriers.observe("l2_alloc_allocate")
+        grant = self.allocator.allocate(1)
+        host = grant.first * size
+        self.guard.note("active-l2", first=grant.first)
+        if old:
+            self.barriers.observe("l2_alloc_cow_read")
+            raw = self.storage.pread(size, offset=old).ljust(size, b"\0")
+            self.storage.pwrite([raw], offset=host)
+            self.allocator.free(old // size, 1, punch=self.options.pass_discard_other)
+        elif not grant.zero:
+            self.storage.pwrite([bytes(size)], offset=host)
+        self.barriers.pending = True
+        self.barriers.observe("l2_alloc_write")
+        self.tables.l1[index] = np.uint64(host | COPIED)
+        self._dirty_l1.add(index)
+
+    def slice(self, number: int) -> array[int]:
+        """The words of a slice that is going to be used for writing, judged once."""
+        words = self.tables.slice(number)
+        if number not in self.judged:
+            self._judge(number, words)
+            self.judged.add(number)
+        return words
+
+    def edit(self, number: int, *, first: int, last: int) -> array[int]:
+        """The words of a slice, of which entries [first, last) change."""
+        size = self.geometry.l2_entry_size
+        self.barriers.observe("l2_update")
+        return self.tables.cache.edit(
+            number, offset=self.tables.place(number), first=first * size, last=last * size
+        )
+
+    def _judge(self, number: int, words: array[int]) -> None:
+        """Row 43 for what the image brought along: no entry may lead to metadata."""
+        self.refresh_rules()
+        entries, bitmaps = slice_columns(words, geometry=self.geometry)
+        fault = find_fault(
+            np.ascontiguousarray(entries),
+            None if bitmaps is None else np.ascontiguousarray(bitmaps),
+            self.mapping.rules,
+        )
+        if fault is not None:
+            raise self._bad_entry(number, fault)
+        hosts = hosts_of(entries)
+        if self.external:
+            self._judge_places(number, hosts)
+            return
+        self.guard.check_many(hosts[hosts > 0] >> self.geometry.cluster_bits)
+
+    def _judge_places(self, number: int, hosts: Int64Array) -> None:
+        """Row 13: in a data file guest and host offsets are the same."""
+        first = number * self.tables.slice_entries
+        guest = (np.arange(len(hosts), dtype=np.int64) + first) * self.geometry.cluster_size
+        wrong = np.flatnonzero((hosts != 0) & (hosts != guest))
+        if len(wrong):
+            index = int(wrong[0])
+            reason = (
+                f"data file offset {int(hosts[index]):#x}, expected the guest offset "
+                f"{int(guest[index]):#x}"
+            )
+            raise self._bad_entry(number, BadEntry(index, reason))
+
+    def _bad_entry(self, number: int, fault: BadEntry) -> CorruptMetadata:
+        table, part = divmod(number, self.tables.slices_per_table)
+        return CorruptMetadata(
+            "L2 table",
+            host_offset=int(self.tables.l1[table]) & OFFSET_MASK,
+            index=part * self.tables.slice_entries + fault.index,
+            reason=fault.reason,
+        )
+
+    def reads_zero_beyond(self, offset: int) -> bool:
+        """Whether the data file has nothing yet at and behind `offset`, and so reads as zeros."""
+        return not self.data.caps.block_device and offset >= self.data.size()
+
+    def refresh_rules(self) -> None:
+        """The file grows as it is written, which decides what entries may say."""
+        size = self.storage.size()
+        if size > self.mapping.rules.file_size:
+            self.mapping.rules = replace(self.mapping.rules, file_size=size)
+
+    def move_l1(self, *, entries: int) -> None:
+        """A longer L1 table behind everything; the old one goes once the header has switched."""
+        size = self.geometry.cluster_size
+        count = max(1, ceil_div(entries * 8, size))
+        self.barriers.observe("l1_grow_alloc_table")
+        first = self.allocator.allocate_run(count)
+        self.guard.note("active-l1", first=first, count=count)
+        old = self._moved_l1 or (
+            self.header.header.l1_table_offset,
+            self.header.header.l1_size,
+        )
+        clusters = ceil_div(old[1] * 8, size)
+        if clusters:
+            self.allocator.free(old[0] // size, clusters, punch=self.options.pass_discard_other)
+        table = np.zeros(entries, dtype=np.uint64)
+        known = min(entries, len(self.tables.l1))
+        table[:known] = self.tables.l1[:known]
+        self.tables.l1 = table
+        self._moved_l1 = first * size, entries
+
+    @property
+    def l1_entries_stored(self) -> int:
+        """Entries of the L1 table in the file, or of the one that is to replace it."""
+        return self._moved_l1[1] if self._moved_l1 else self.header.header.l1_size
+
+    def load_stored_l1(self, entries: int) -> Uint64Array:
+        """The first entries of the L1 table as the file has them: the disk may use fewer."""
+        if self._moved_l1 is not None:
+            return np.zeros(entries, dtype=np.uint64)
+        return load_l1(
+            self.storage,
+            offset=self.header.header.l1_table_offset,
+            count=entries,
+            geometry=self.geometry,
+            file_size=self.storage.size(),
+        ).copy()
+
+    def forget_slices(self, numbers: range) -> None:
+        """The tables of these slices are gone."""
+        self.tables.cache.drop(numbers)
+        self.judged.difference_update(numbers)
+
+    def resize_caches(self) -> None:
+        """Fit the caches to the size of the disk."""
+        sizes = plan_cache_sizes(
+            self.geometry, virtual_size=self.mapping.size, options=self.options
+        )
+        self.tables.cache.set_limit(sizes.l2_bytes)
+        self.refcounts.blocks.set_limit(sizes.refcount_bytes)
+
+    def drop_empty_blocks(self) -> None:
+        """Refcount blocks at the end that count nothing but themselves are of no use."""
+        for cluster in self.refcounts.drop_empty_tail():
+            self.guard.forget(first=cluster, count=1)
+        if self.refcounts.staged:
+            self.refcounts.store_table()
+            self.barriers.pending = True
+            self.barriers.wait("refcount table before its blocks go")
+
+    def clear_l1(self, first: int) -> None:
+        """Entries from `first` on are gone; the table keeps its length."""
+        used = np.flatnonzero(self.tables.l1[first:] & np.uint64(OFFSET_MASK)) + first
+        self._dirty_l1.update(used.tolist())
+        self.tables.l1[first:] = 0
+
+    # Order
+
+    def settle(self) -> None:
+        """Between the steps of an operation: write back what no longer fits."""
+        if self.tables.cache.crowded:
+            self.commit()
+
+    def flush(self) -> None:
+        """Everything that was acknowledged is durable afterwards."""
+        self.commit()
+        self.barriers.observe("flush_to_disk")
+        self.barriers.wait("flush")
+
+    def commit(self) -> None:
+        """Write what has changed, phase by phase (docs/adr/0011). Raises StorageError; what could
+        not be written is written by the next call."""
+        self.barriers.check()
+        if self.lazy:
+            self._promise_repair()
+        else:
+            self._store_refcounts()
+        self._store_l2()
+        self._store_l1()
+        self._release()
+
+    def _promise_repair(self) -> None:
+        """Lazy refcounts: whoever opens the image after a crash has to count anew."""
+        if not self.allocator.pending or self._is_dirty:
+            return
+        self.header.set_incompatible(Incompatible.DIRTY, on=True)
+        self.barriers.pending = True
+        self.barriers.wait("dirty bit before unaccounted clusters")
+
+    @property
+    def _is_dirty(self) -> bool:
+        return bool(self.header.header.incompatible_features & Incompatible.DIRTY)
+
+    def _store_refcounts(self) -> None:
+        self.allocator.apply_raised()
+        self.barriers.observe("refblock_update")
+        if self.refcounts.store_blocks():
+            self.barriers.pending = True
+        if self.tables.cache.dirty or self._dirty_l1 or self._moved_l1 or self.refcounts.staged:
+            # Data and refcounts: neither needs the other, all that follows needs both.
+            self.barriers.wait("data and refcounts before tables")
+        if not self.refcounts.staged:
+            return
+        self.barriers.observe("reftable_update")
+        self.refcounts.store_table()
+        self.barriers.pending = True
+        self.barriers.wait("refcount table before mapping")
+        if self.refcounts.moved:
+            place, clusters = self.refcounts.place, self.refcounts.clusters
+            self.header.set_refcount_table(offset=place, clusters=clusters)
+            self.barriers.pending = True
+            self.refcounts.table_switched()
+            self.barriers.wait("refcount table switch before mapping")
+
+    def _store_l2(self) -> None:
+        if not self.tables.cache.dirty:
+            return
+        if self.lazy:
+            self.barriers.wait("data before tables")
+        if self.before_l2 is not None:
+            per_table = self.tables.slices_per_table
+            keys = self.tables.cache.dirty_keys()
+            self.before_l2(sorted({number // per_table for number in keys}))
+        self.tables.cache.store(self.tables.place)
+        self.barriers.pending = True
+        if self._dirty_l1 or self._moved_l1:
+            self.barriers.wait("L2 tables before L1")
+
+    def _store_l1(self) -> None:
+        """Whole sectors of entries, or all of a table that has moved."""
+        if self._moved_l1 is not None:
+            offset, entries = self._moved_l1
+            self.storage.pwrite([self._l1_bytes(0, entries * 8)], offset=offset)
+            self.barriers.pending = True
+            self.barriers.observe("l1_grow_write_table")
+            self.barriers.wait("L1 table before its switch")
+            self.barriers.observe("l1_grow_activate_table")
+            self.header.set_l1(offset=offset, entries=entries)
+            self.barriers.pending = True
+            self._moved_l1 = None
+            self._dirty_l1.clear()
+        if not self._dirty_l1:
+            return
+        self.barriers.observe("l1_update")
+        header = self.header.header
+        for begin in sorted({align_down(index * 8, SECTOR) for index in self._dirty_l1}):
+            end = min(begin + SECTOR, header.l1_size * 8, len(self.tables.l1) * 8)
+            self.storage.pwrite([self._l1_bytes(begin, end)], offset=header.l1_table_offset + begin)
+            self.barriers.pending = True
+        self._dirty_l1.clear()
+
+    def _l1_bytes(self, begin: int, end: int) -> bytes:
+        part = array("Q", self.tables.l1[begin // 8 : end // 8].tobytes())
+        return encode_words(part, 0, end - begin)
+
+    def _release(self) -> None:
+        """Nothing durable refers to the clusters in quarantine any more."""
+        if not self.allocator.quarantined:
+            return
+        self.barriers.wait("mapping before releasing clusters")
+        self.allocator.apply_raised()
+        # First the count, then the clusters: who reads without the lock must notice.
+        self.releases += 1
+        released = self.allocator.release()
+        if not self.lazy and self.refcounts.store_blocks():
+            self.barriers.pending = True
+        size = self.geometry.cluster_size
+        for first, count, punch in released:
+            if punch:
+                self.barriers.observe("cluster_free")
+                self.storage.discard(offset=first * size, length=count * size)
+                self.barriers.pending = True
+
+    def close(self) -> None:
+        """Make everything durable and say that refcounts are right. The storages stay open."""
+        self.flush()
+        if self._is_dirty:
+            self._settle_refcounts()
+
+    def _settle_refcounts(self) -> None:
+        """End of lazy refcounts: count all there is to count, then take the promise back."""
+        self._store_refcounts()
+        self.barriers.wait("refcounts before the dirty bit is cleared")
+        self.header.set_incompatible(Incompatible.DIRTY, on=False)
+        self.barriers.pending = True
+        self.barriers.wait("dirty bit cleared")
+
+    # Failure
+
+    def begin(self) -> None:
+        """Before a change: whether one is possible at all, and what must be said before."""
+        if self.broken is not None:
+            raise self.broken
+        self.barriers.check()
+        if self.header.has_unknown_autoclear:
+            self.header.clear_unknown_autoclear()
+            self.barriers.pending = True
+            self.barriers.wait("autoclear bits before the first change")
+
+    def fail(self, error: CorruptMetadata) -> None:
+        """The image contradicts itself: nobody shall write it before a repair (row 10)."""
+        if error is self.foreign or self.broken is not None:
+            return
+        self.broken = error
+        if self.header.header.version >= 3:
+            # The error is raised in any case; a host that fails too adds nothing to it.
+            with contextlib.suppress(StorageError):
+                self.header.set_incompatible(Incompatible.CORRUPT, on=True)
+                self.storage.flush()
