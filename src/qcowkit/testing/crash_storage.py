@@ -235,7 +235,7 @@ class CrashFiles:
         self._clock += 1
         return self._clock
 
-    def open(self, index: int = 0, *, writable: bool = True) -> CrashStorage:
+    def open(self, index: int = 0, *, writable: bool = True) -> Storage:
         """A new handle of one file."""
         return CrashStorage(self, index, writable=writable)
 

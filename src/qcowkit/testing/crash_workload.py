@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from qcowkit.errors import RequestError, StorageError
+from qcowkit.errors import QcowkitError, RequestError, StorageError
 from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.guest_log import GuestLog, Int64Array
 from qcowkit.testing.stamps import make_stamps
@@ -95,7 +95,9 @@ def run_guest(
     guest.open()
     for _ in range(plan.operations):
         guest.step()
-    if guest.noise.random() < 0.5:
+        if guest.faults:
+            break
+    if guest.is_open and guest.noise.random() < 0.5:
         guest.close()
     return Recorded(files=files, log=guest.log, faults=tuple(guest.faults))
 
@@ -151,10 +153,22 @@ class Guest:
         self._chain = self._disk.open(self._files, writable=True)
         self._failed_flushes = self._files.failed_flushes
 
+    def try_to_open(self) -> None:
+        """Open the disk, unless the host fails."""
+        try:
+            self.open()
+        except StorageError:
+            self.failures += 1
+
     def close(self) -> None:
         """Close the disk, which flushes it."""
         self._attempt(self.log.begin_flush(), self.chain.close)
         self._chain = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a disk that can be asked."""
+        return self._chain is not None
 
     def step(self) -> None:
         """The next request, and a look at the disk."""
@@ -164,10 +178,32 @@ class Guest:
         if self._steps % self.plan.look == 0:
             self._look()
 
+    def step_stubbornly(self) -> None:
+        """The next request; one that fails is tried once more."""
+        state, failures = self.noise.getstate(), self.failures
+        self.step()
+        if self.failures > failures and self.is_open:
+            self.noise.setstate(state)
+            self.step()
+
+    def flush(self) -> None:
+        """Ask for what was acknowledged to be durable."""
+        self._flush()
+
     def _look(self) -> None:
-        if self._chain is not None and not self.faults:
-            content = self.chain.read(offset=0, length=self.chain.size)
+        content = None if self._chain is None or self.faults else self._read_all()
+        if content is not None:
             self.faults += self.log.now().judge(content)
+
+    def _read_all(self) -> bytes | None:
+        """The whole disk; None where the host does not give it."""
+        try:
+            return self.chain.read(offset=0, length=self.chain.size)
+        except StorageError:
+            self.failures += 1
+        except QcowkitError as error:
+            self.faults.append(f"reading: {type(error).__name__}: {error}")
+        return None
 
     def _attempt(self, operation: GuestOperation, call: Callable[[], None]) -> bool:
         """Make a request and note how it went. Refusals leave no trace in the log."""
@@ -176,8 +212,11 @@ class Guest:
         except RequestError:
             self.log.withdraw(operation)
             return False
-        except StorageError:
-            self.failures += 1
+        except QcowkitError as error:
+            if isinstance(error, StorageError):
+                self.failures += 1
+            else:
+                self.faults.append(f"{operation!r}: {type(error).__name__}: {error}")
             size = self.chain.size // SECTOR if operation.size is not None else None
             self.log.fail(operation, size=size)
             return False
@@ -237,8 +276,9 @@ class Guest:
         operation = self.log.begin_discard(start=start, stop=stop)
         offset, length = start * SECTOR, (stop - start) * SECTOR
         if self._attempt(operation, lambda: self.chain.discard(offset=offset, length=length)):
-            content = self.chain.read(offset=0, length=self.chain.size)
-            self.faults += self.log.observe(operation, content)
+            content = self._read_all()
+            if content is not None:
+                self.faults += self.log.observe(operation, content)
 
     def _flush(self) -> None:
         self._attempt(self.log.begin_flush(), self.chain.flush)
@@ -252,5 +292,8 @@ class Guest:
         self._attempt(operation, lambda: self.chain.resize(size * SECTOR, shrink=size < old))
 
     def _reopen(self) -> None:
+        failures = self.failures
         self.close()
-        self.open()
+        # What a failed close has lost is not asked for again from a new image.
+        if self.failures == failures:
+            self.try_to_open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qcowkit.errors import RequestError
 
 
@@ -53,13 +55,15 @@ class ModelDisk:
         """The first guest offset at which `content` cannot be what this disk holds from `offset`
         on; None if there is none."""
         self._check(offset=offset, length=len(content))
-        expected = self._bytes[offset : offset + len(content)]
-        if expected == content:
+        stop = offset + len(content)
+        if self._bytes[offset:stop] == content:
             return None
-        for index, (want, found) in enumerate(zip(expected, content, strict=True)):
-            if want != found and (found or not self._unsure[offset + index]):
-                return offset + index
-        return None
+        expected, unsure, found = (
+            np.frombuffer(part, dtype=np.uint8)
+            for part in (self._bytes[offset:stop], self._unsure[offset:stop], content)
+        )
+        wrong = np.flatnonzero((expected != found) & ((found != 0) | (unsure == 0)))
+        return offset + int(wrong[0]) if len(wrong) else None
 
     def settle(self, content: bytes, *, offset: int = 0) -> int | None:
         """Take what a reader saw from `offset` on as what was meant by discards; the difference,
