@@ -42,6 +42,26 @@ class Claims:
                 np.repeat(owner[begin:end], sizes),
             )
 
+    def without(self, *names: str) -> Claims:
+        """Those of all other structures."""
+        gone = [index for index, name in enumerate(self.names) if name in names]
+        kept = ~np.isin(self.owner, gone)
+        return Claims(
+            names=self.names,
+            first=self.first[kept],
+            count=self.count[kept],
+            owner=self.owner[kept],
+        )
+
+    def plus(self, name: str, *, first: int, count: int) -> Claims:
+        """With one more run of `count` host clusters from index `first`."""
+        return Claims(
+            names=(*self.names, name),
+            first=np.append(self.first, first),
+            count=np.append(self.count, count),
+            owner=np.append(self.owner, len(self.names)),
+        )
+
 
 class ClaimsBuilder:
     """Collects runs; `build` freezes them."""

@@ -21,6 +21,7 @@ from qcowkit.engine.qcow2.tables import native_words
 from qcowkit.errors import StorageError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import INT64_MAX
 
 # L2 tables of many snapshots are sorted in pieces of this many.
 _PENDING = 1 << 22
@@ -61,12 +62,19 @@ class TableSet:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What is to be counted. blocks: int64 host offset of each refcount block, by index into the
-    refcount table; 0 where there is none, or none that can be read."""
+    refcount table; 0 where there is none, or none that can be read.
+
+    dangling: entries that lead nowhere. beyond: the lowest place behind the end of the file that
+    is referred to, or from where on a table is missing. bad_blocks: faulty refcount table entries,
+    of which some may have a block that can be read."""
 
     claims: Claims
     tables: TableSet
     links: L1Links
     blocks: Int64Array
+    dangling: int = 0
+    beyond: int = INT64_MAX
+    bad_blocks: int = 0
 
 
 def survey(storage: Storage, metadata: Qcow2Metadata, *, log: FindingLog, effort: Effort) -> Survey:
@@ -86,6 +94,8 @@ class _Surveyor:
         self.cluster_size = metadata.cluster_size
         self.file_size = storage.size()
         self.claims = ClaimsBuilder(metadata.geometry.cluster_bits)
+        self.dangling = self.bad_blocks = 0
+        self.beyond = INT64_MAX
 
     def run(self) -> Survey:
         """The structures in the order of the header."""
@@ -93,7 +103,22 @@ class _Surveyor:
         links, tables = self._walk_trees()
         self._walk_bitmaps()
         blocks = self._walk_refcount_table()
-        return Survey(claims=self.claims.build(), tables=tables, links=links, blocks=blocks)
+        return Survey(
+            claims=self.claims.build(),
+            tables=tables,
+            links=links,
+            blocks=blocks,
+            dangling=self.dangling,
+            beyond=self.beyond,
+            bad_blocks=self.bad_blocks,
+        )
+
+    def _note_dangling(self, offsets: Int64Array) -> None:
+        """Entries that lead nowhere, by the host offsets in them."""
+        self.dangling += len(offsets)
+        outside = offsets[offsets >= self.file_size]
+        if len(outside):
+            self.beyond = min(self.beyond, int(outside.min()))
 
     def _claim(self, name: str, *, offset: int, length: int) -> None:
         self.effort.spend(length)
@@ -127,6 +152,8 @@ class _Surveyor:
         if len(raw) < count * 8:
             reason = f"the file ends after {len(raw)} of its {count * 8} bytes"
             self.log.corruption(structure, reason=reason, host_offset=offset)
+            self.beyond = min(self.beyond, self.file_size)
+            self.dangling += 1
             raw = raw.ljust(count * 8, b"\0")
         return np.frombuffer(native_words(raw), dtype=np.uint64)
 
@@ -226,6 +253,7 @@ class _Surveyor:
                 f"L2 table offset {{:#x}} is beyond the end of the file at {self.file_size:#x}",
             )
             good &= ~outside
+        self._note_dangling(offsets[unaligned | outside])
         return index[good]
 
     def _once(self, offsets: Int64Array, name: str) -> Int64Array:
@@ -283,6 +311,7 @@ class _Surveyor:
                 index = np.flatnonzero(outside)
                 self._fault(table, bitmap.table_offset, index, offsets[index], text)
                 good &= ~outside
+            self._note_dangling(offsets[(offsets != 0) & ~good])
             self.claims.add_clusters(f"data of bitmap {bitmap.name!r}", offsets[good])
 
     def _walk_refcount_table(self) -> Int64Array:
@@ -321,6 +350,7 @@ class _Surveyor:
             offsets[outside],
             f"refcount block offset {{:#x}} is beyond the end of the file at {self.file_size:#x}",
         )
+        self.bad_blocks = int(np.count_nonzero(mask | unaligned | outside))
         good = ~unaligned & ~outside & (offsets != 0)
         blocks[index[good]] = offsets[good]
         self.claims.add_clusters("refcount block", offsets[good])
