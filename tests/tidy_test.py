@@ -77,6 +77,7 @@ NUMPY_FREE = (
 NUMPY_ALLOWED = (
     "qcowkit.codecs.qcow2.entries",
     "qcowkit.codecs.qcow2.refcount_block",
+    "qcowkit.codecs.qcow2.transitions",
     "qcowkit.codecs.qcow2.bitmaps_data",
     "qcowkit.codecs.vhd.bat",
     "qcowkit.cli.opening",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,16 @@ class Flag(IntFlag):
     COPIED = 8
     COMPRESSED = 16
     DIRTY = 32
+
+
+class Hit(IntEnum):
+    """What a lookup of one byte found in a layer. NONE: the layers below decide. OTHER: only a
+    table can tell, for compressed data and for entries that break a rule."""
+
+    NONE = 0
+    DATA = 1
+    ZERO = 2
+    OTHER = 3
 
 
 class Extent(NamedTuple):

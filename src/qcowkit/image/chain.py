@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowkit.engine.memory import keep_freed_memory
-from qcowkit.errors import RequestError
+from qcowkit.errors import QcowkitError, RequestError
 from qcowkit.extents.algebra import clip, overlay
-from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
+from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit, concatenate, make_table
 from qcowkit.image.lineage import Layer
 from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image, Tracker, WritableImage
 from qcowkit.image.rawio import DiskFile
-from qcowkit.units import MiB, align_down
+from qcowkit.units import KiB, MiB, align_down
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WINDOW_ENTRIES = 1 << 17
 _LEAST_ENTRIES = 1 << 12
 _READ_WINDOW = 8 * MiB
+# Up to here a request is answered piece by piece, without tables.
+_SMALL = 256 * KiB
 _DATA_OR_ZERO = int(Flag.DATA | Flag.ZERO)
 
 
@@ -143,8 +145,16 @@ class Chain:
     def read(self, *, offset: int, length: int) -> bytes:
         """`length` guest bytes. Raises RequestError where the range leaves the disk."""
         check_range(start=offset, length=length, size=self.size)
+        if length <= _SMALL:
+            # One piece, as most small requests are: no buffer in between.
+            releases = self.releases
+            image, kind, host, run = self._lookup(offset)
+            if kind == Hit.DATA and run >= length and image is not None:
+                raw = image.data_storage.pread(length, offset=host)
+                if len(raw) == length and self.releases == releases:
+                    return raw
         buffer = bytearray(length)
-        self.read_into(buffer, offset=offset)
+        self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_into(self, buffer: bytearray | memoryview | npt.NDArray[Any], *, offset: int) -> None:
@@ -152,11 +162,83 @@ class Chain:
         raw = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         view = raw.cast("B")
         check_range(start=offset, length=len(view), size=self.size)
-        stop = offset + len(view)
-        for begin in range(offset, stop, _READ_WINDOW):
-            end = min(stop, begin + _READ_WINDOW)
-            table = self.extents(start=begin, length=end - begin)
-            self.read_table(table, view[begin - offset : end - offset])
+        self._fill(view, offset)
+
+    @property
+    def releases(self) -> int:
+        """How often host clusters of the top image changed hands; see docs/adr/0010."""
+        return 0 if self._top is None else self._top.releases
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Read, and read again what was overtaken by a writer that gave clusters away."""
+        for at in range(0, len(view), _READ_WINDOW):
+            part = view[at : at + _READ_WINDOW]
+            while True:
+                releases = self.releases
+                try:
+                    if len(part) > _SMALL or not self._fill_small(part, offset + at):
+                        table = self.extents(start=offset + at, length=len(part))
+                        self.read_table(table, part)
+                except QcowkitError:
+                    if self.releases == releases:
+                        raise
+                    continue
+                if self.releases == releases:
+                    break
+
+    def _lookup(self, offset: int) -> tuple[Image | None, Hit, int, int]:
+        """The layer that decides one byte, and what it says; see `Image.lookup`. No layer: NONE."""
+        left = self.size - offset
+        for image, reach in zip(self.images, self._reach, strict=True):
+            if offset >= reach:
+                break
+            kind, host, run = image.lookup(offset)
+            left = min(left, run, reach - offset)
+            if kind != Hit.NONE:
+                return image, kind, host, left
+        return None, Hit.NONE, -1, left
+
+    def read_or_none(self, *, start: int, length: int) -> bytes | bytearray | None:
+        """A short range of a read-only disk, or None where it is known to be zeros."""
+        image, kind, host, run = self._lookup(start)
+        if run >= length and image is not None and kind == Hit.DATA:
+            raw = image.data_storage.pread(length, offset=host)
+            if len(raw) == length:
+                return raw
+        elif run >= length and kind != Hit.OTHER:
+            return None
+        elif self.is_zero_small(start=start, length=length):
+            return None
+        buffer = bytearray(length)
+        self._fill(memoryview(buffer), start)
+        return buffer
+
+    def is_zero_small(self, *, start: int, length: int) -> bool:
+        """Whether a short range is known to be zeros, without the tables of `extents`."""
+        stop = start + length
+        while start < stop:
+            _, kind, _, run = self._lookup(start)
+            if kind in (Hit.DATA, Hit.OTHER):
+                return False
+            start += run
+        return True
+
+    def _fill_small(self, view: memoryview, offset: int) -> bool:
+        """The scalar twin of extents and read_table, piece by piece. False, where a piece is for
+        them: compressed, malformed, or short of its file."""
+        position, stop = offset, offset + len(view)
+        while position < stop:
+            image, kind, host, run = self._lookup(position)
+            part = view[position - offset : position - offset + run]
+            if kind == Hit.DATA and image is not None:
+                if image.data_storage.pread_into(part, offset=host) < len(part):
+                    return False
+            elif kind == Hit.OTHER:
+                return False
+            else:
+                part[:] = bytes(len(part))
+            position += len(part)
+        return True
 
     def read_table(self, table: ExtentTable, buffer: memoryview) -> None:
         """Fill the buffer with what the table covers; buffer[0] is guest offset `table.begin`."""
@@ -177,8 +259,10 @@ class Chain:
 
         Raises RequestError outside of the disk or where it is read-only, StorageError and
         CorruptMetadata where the image fails; the old content or the new is there then."""
-        length = memoryview(data).nbytes
-        self._begin_change(offset, length).write(data, offset=offset)
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        self._begin_change(offset, len(view)).write(view, offset=offset)
 
     def write_compressed(self, data: Buffer, *, offset: int) -> None:
         """Store whole clusters compressed, of which none may be allocated yet; the last cluster of
@@ -270,7 +354,13 @@ class Underlay:
 
     def is_zero(self, *, start: int, length: int) -> bool:
         """See `Below.is_zero`."""
+        if length <= _SMALL:
+            return self._disk.is_zero_small(start=start, length=length)
         return len(data_rows(self._disk.extents(start=start, length=length))) == 0
+
+    def read_or_none(self, *, start: int, length: int) -> bytes | bytearray | None:
+        """See `Below.read_or_none`."""
+        return self._disk.read_or_none(start=start, length=length)
 
 
 def _at_depth(table: ExtentTable, depth: int) -> ExtentTable:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from qcowkit.extents.table import Extent, ExtentTable
+    from qcowkit.extents.table import Extent, ExtentTable, Hit
     from qcowkit.image.metadata import Metadata
     from qcowkit.storage.protocol import Storage
 
@@ -36,6 +36,11 @@ class Image(Protocol):
         than `limit` table entries would have to be decoded. Raises RequestError past the disk's
         end, CorruptMetadata for a malformed entry."""
 
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """The scalar twin of `extents`: (what one guest byte is in this layer, its host offset,
+        bytes up to which that holds on). Kinds are shown as they are known without a question to
+        the host, so a hole may be DATA."""
+
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """Put DATA extents of this layer's own table into the buffer, whose first byte is guest
         offset `base`. The rest of the buffer is left alone."""
@@ -55,6 +60,9 @@ class Below(Protocol):
     def is_zero(self, *, start: int, length: int) -> bool:
         """True when the range is known to read as zeros without reading data."""
 
+    def read_or_none(self, *, start: int, length: int) -> bytes | bytearray | None:
+        """The bytes, or None where they are known to be zeros."""
+
 
 class Tracker(Protocol):
     """Told of every change of the guest's disk, before it is acknowledged: a dirty bitmap."""
@@ -69,6 +77,11 @@ class WritableImage(Image, Protocol):
     A write is acknowledged when the call returns, and durable after `flush`. Whatever fails raises
     StorageError (the host), CorruptMetadata (the image) or RequestError and leaves the image no
     worse than before."""
+
+    @property
+    def releases(self) -> int:
+        """Goes up before host space is given to another use: a reader that finds it changed reads
+        again (docs/adr/0010)."""
 
     def attach(self, below: Below | None) -> None:
         """The layers under this image, for copy-on-write; once, before the first change."""

@@ -18,7 +18,7 @@ from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
 from qcowkit.errors import RequestError, UnsupportedFeature
 from qcowkit.extents.ranges import RangeSet
-from qcowkit.extents.table import Extent, ExtentTable, Flag
+from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit
 from qcowkit.image.plain import check_range, read_plain
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import INT64_MAX, align_up
@@ -66,6 +66,10 @@ class Qcow2Image:
             self._host_data = self._ask_host()
             self._asked_host = True
         return table if self._host_data is None else mark_holes(table, self._host_data)
+
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """See `Image.lookup`."""
+        return self.mapping.lookup(offset)
 
     def _ask_host(self) -> RangeSet | None:
         """Where the host has data, if this image was preallocated and so is worth asking for."""

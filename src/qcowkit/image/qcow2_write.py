@@ -59,7 +59,8 @@ class WritableQcow2Image(Qcow2Image):
 
     def write(self, data: Buffer, *, offset: int) -> None:
         """See `WritableImage.write`."""
-        self.disk.write(memoryview(data).cast("B"), offset=offset)
+        view = data if type(data) is memoryview else memoryview(data).cast("B")
+        self.disk.write(view, offset=offset)
 
     def write_compressed(self, data: Buffer, *, offset: int) -> None:
         """See `WritableImage.write_compressed`."""

@@ -241,6 +241,16 @@ class FileStorage:
 
     def pwrite(self, buffers: Sequence[Buffer], *, offset: int) -> None:
         """All buffers, one behind the other; the file grows where needed."""
+        if len(buffers) == 1 and offset >= 0:
+            # Most are one buffer that the kernel takes at once.
+            view = memoryview(buffers[0])
+            try:
+                count = os.pwrite(self._fd, view, offset)
+            except (OSError, OverflowError) as error:
+                raise self._failure("write", error) from error
+            if count == view.nbytes:
+                return
+            buffers, offset = [view.cast("B")[count:]], offset + count
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         index = 0
         try:

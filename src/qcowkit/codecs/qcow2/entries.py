@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.errors import CorruptMetadata
-from qcowkit.extents.table import NO_HOST, ExtentTable, Flag, Int64Array
+from qcowkit.extents.table import NO_HOST, ExtentTable, Flag, Hit, Int64Array
 
 Uint64Array = npt.NDArray[np.uint64]
 StateArray = npt.NDArray[np.uint8]
@@ -148,15 +148,6 @@ def classify(entry: int, bitmap: int, subcluster: int, *, rules: EntryRules) -> 
     if allocated:
         return SubclusterState.NORMAL
     return SubclusterState.UNALLOCATED_ALLOC if has_host else SubclusterState.UNALLOCATED_PLAIN
-
-
-class Hit(IntEnum):
-    """What a lookup found. OTHER: compressed, or not what the specification allows."""
-
-    NONE = 0
-    DATA = 1
-    ZERO = 2
-    OTHER = 3
 
 
 _NONE, _DATA, _ZERO, _OTHER = Hit.NONE, Hit.DATA, Hit.ZERO, Hit.OTHER

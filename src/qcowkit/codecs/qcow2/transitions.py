@@ -167,8 +167,9 @@ def preallocate(
 class EraseRules:
     """What decides how clusters are erased besides their state.
 
-    version: of the image. external: data lie in another file. has_base: a backing file shows through what is not allocated. zeroes:
-    the guest asked for zeros; otherwise it discards. unmap: zeros need not keep their space.
+    version: of the image. external: data lie in another file. has_base: a backing file shows
+    through what is not allocated. zeroes: the guest asked for zeros; otherwise it discards.
+    unmap: zeros need not keep their space.
     keep: discarded clusters keep their space as well (discard-no-unref). full: entries become
     empty, as when shrinking."""
 

@@ -13,9 +13,9 @@ import numpy as np
 from qcowkit.engine.qcow2.overlap import OverlapGuard
 from qcowkit.engine.qcow2.refcount_store import RefcountStore, Run
 from qcowkit.errors import CorruptMetadata, RequestError
-from qcowkit.units import ceil_div
+from qcowkit.units import INT64_MAX, ceil_div
 
-NEVER = 1 << 62
+NEVER = INT64_MAX
 _SHORT = 16
 
 
@@ -80,6 +80,21 @@ class Allocator:
         else:
             raised.append([first, count])
         return Grant(first=first, count=count, zero=zero)
+
+    def take_fresh(self) -> int:
+        """One cluster that reads as zeros, if the next one is such; -1 if not. Cannot fail."""
+        first = self._next
+        if first >= self._limit or first < self._fresh:
+            return -1
+        self._next = self._fresh = first + 1
+        if first >= self.end_of_grants:
+            self.end_of_grants = first + 1
+        last = self._raised[-1] if self._raised else None
+        if last is not None and last[0] + last[1] == first:
+            last[1] += 1
+        else:
+            self._raised.append([first, 1])
+        return first
 
     def allocate_run(self, count: int) -> int:
         """`count` clusters in one run, behind everything that is in use; counted at once."""

@@ -90,6 +90,18 @@ class MetadataCache(Generic[Value]):
                     self._dirty[key] = min(before[0], first), max(before[1], last)
                     return value
 
+    def touch(self, key: int, value: Value, *, first: int, last: int) -> bool:
+        """As `edit` for an entry that `find` has just found; False where it is gone meanwhile."""
+        with self._lock:
+            if self._young.get(key) is not value:
+                return False
+            before = self._dirty.get(key)
+            if before is None:
+                self._dirty[key] = (first, last)
+            elif first < before[0] or last > before[1]:
+                self._dirty[key] = min(before[0], first), max(before[1], last)
+            return True
+
     def put(self, key: int, value: Value) -> None:
         """A new entry, to be written as a whole."""
         with self._lock:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from qcowkit.codecs.qcow2.entries import COPIED, OFFSET_MASK
 from qcowkit.engine.barriers import Barriers, Observer, ignore_event
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.clusters import ClusterReader
@@ -16,13 +15,12 @@ from qcowkit.engine.qcow2.old_content import Below, OldContent
 from qcowkit.engine.qcow2.overlap import OverlapGuard, chosen_checks
 from qcowkit.engine.qcow2.refcounts import load_refcount_table
 from qcowkit.engine.qcow2.resize import Resizer
+from qcowkit.engine.qcow2.small_write import SmallWriter
 from qcowkit.engine.qcow2.state import Places, WriteState
 from qcowkit.engine.qcow2.tables import native_words, read_words
 from qcowkit.engine.qcow2.write import Writer
 from qcowkit.engine.qcow2.write_compressed import CompressedWriter
 from qcowkit.errors import CorruptMetadata
-
-_FLAGS = (1 << 64) - 1 - OFFSET_MASK
 
 
 class Qcow2Disk:
@@ -58,21 +56,8 @@ class Qcow2Disk:
         self._compressed = None if state.external else CompressedWriter(state, self._writer)
         self._resizer = Resizer(state, self._writer, self._eraser, self._old)
         self._lock = state.lock
-        self._bind()
-
-    def _bind(self) -> None:
-        """What a small write needs at once."""
-        state = self.state
-        self._bits = state.geometry.cluster_bits
-        self._mask = state.geometry.cluster_size - 1
-        self._unit_bits = state.geometry.subcluster_size.bit_length() - 1
-        self._extended = state.geometry.has_subclusters
-        self._entries = state.tables.slice_entries
-        self._find = state.tables.cache.find
-        self._judged = state.judged
-        self._recent = state.guard.recent
-        self._external = state.external
-        self._put = state.data.pwrite
+        self._cache = state.tables.cache
+        self._small = SmallWriter(state, self._old).write
         # Whether the first change was prepared, and nothing has failed since.
         self._ready = False
 
@@ -88,40 +73,13 @@ class Qcow2Disk:
     def write(self, data: memoryview, *, offset: int) -> None:
         """Plain data."""
         with self._lock:
-            if self._ready:
-                host = self._in_place(offset, len(data))
-                if host >= 0:
-                    self.state.barriers.pending = True
-                    self._put((data,), offset=host)
-                    return
+            if self._ready and self._small(data, offset):
+                if self._cache.crowded:
+                    with self._change():
+                        self.state.settle()
+                return
             with self._change():
                 self._writer.write(data, offset=offset)
-
-    def _in_place(self, offset: int, length: int) -> int:
-        """The host offset of a range of one cluster that is overwritten where it lies, or -1.
-
-        The scalar twin of what `Writer` finds out: a warm slice, and an entry without surprises."""
-        cluster = offset >> self._bits
-        number = cluster // self._entries
-        words = self._find(number)
-        inside = offset & self._mask
-        if words is None or number not in self._judged or inside + length > self._mask + 1:
-            return -1
-        index = cluster - number * self._entries
-        if self._extended:
-            span = (2 << ((inside + length - 1) >> self._unit_bits)) - (
-                1 << (inside >> self._unit_bits)
-            )
-            if not length or words[2 * index + 1] & span != span:
-                return -1
-            index *= 2
-        entry = words[index]
-        if entry & _FLAGS != COPIED:
-            return -1
-        host = entry & OFFSET_MASK
-        if (not host and not self._external) or host >> self._bits in self._recent:
-            return -1
-        return host + inside
 
     def write_compressed(self, data: memoryview, *, offset: int) -> None:
         """Whole clusters, compressed."""

@@ -1,6 +1,6 @@
 """Zeroing and discarding guest ranges of a qcow2 image, by the table of states.
 
-docs/formats/qcow2.md has the table. Zeros are written as data only where entries cannot say them."""
+docs/formats/qcow2.md has the table. Zeros are written only where entries cannot say them."""
 
 from __future__ import annotations
 

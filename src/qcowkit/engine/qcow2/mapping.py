@@ -8,7 +8,6 @@ from qcowkit.codecs.qcow2.entries import (
     OFFSET_MASK,
     BadEntry,
     EntryRules,
-    Hit,
     Uint64Array,
     classify_cluster,
     classify_subcluster,
@@ -21,6 +20,7 @@ from qcowkit.extents.algebra import clip
 from qcowkit.extents.table import (
     ExtentTable,
     Flag,
+    Hit,
     Int64Array,
     concatenate,
     make_table,
@@ -50,7 +50,7 @@ class Mapping:
         self._find = tables.cache.find
 
     def lookup(self, offset: int) -> tuple[Hit, int, int]:
-        """What one guest byte is: (kind, host offset, bytes up to which that holds), the scalar twin
+        """What one guest byte is: (kind, host offset, bytes for which that holds); the scalar twin
         of `extents`. The run ends with the cluster, or where there is no L2 table with that of its
         L1 entry. OTHER is for `extents` to judge: compressed, or malformed."""
         cluster = offset >> self._bits

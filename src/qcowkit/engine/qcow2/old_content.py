@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from qcowkit.codecs.qcow2.entries import Hit
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.errors import CorruptMetadata
-from qcowkit.extents.table import Flag
+from qcowkit.extents.table import Flag, Hit
 from qcowkit.units import align_up
 
 
@@ -22,6 +21,8 @@ class Below(Protocol):
     def read_into(self, buffer: bytearray | memoryview, *, offset: int) -> None: ...
 
     def is_zero(self, *, start: int, length: int) -> bool: ...
+
+    def read_or_none(self, *, start: int, length: int) -> bytes | bytearray | None: ...
 
 
 class OldContent:

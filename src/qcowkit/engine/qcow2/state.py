@@ -92,6 +92,8 @@ class WriteState:
         self.broken: QcowkitError | None = None
         # Slices whose entries were judged before they were first used for writing.
         self.judged: set[int] = set()
+        # Slices whose table is this disk's own, as far as that was found out.
+        self.owned: set[int] = set()
         # An error that is not about this image's own tables.
         self.foreign: QcowkitError | None = None
         self._dirty_l1: set[int] = set()
@@ -231,6 +233,7 @@ class WriteState:
         """The tables of these slices are gone."""
         self.tables.cache.drop(numbers)
         self.judged.difference_update(numbers)
+        self.owned.difference_update(numbers)
 
     def resize_caches(self) -> None:
         """Fit the caches to the size of the disk."""
@@ -274,7 +277,8 @@ class WriteState:
         self.barriers.check()
         if self.lazy:
             self._promise_repair()
-        else:
+        if not self.lazy or self.refcounts.moved:
+            # A table that has moved must be found, lazy or not: its old place will be used again.
             self._store_refcounts()
         self._store_l2()
         self._store_l1()
@@ -282,7 +286,9 @@ class WriteState:
 
     def _promise_repair(self) -> None:
         """Lazy refcounts: whoever opens the image after a crash has to count anew."""
-        if not self.allocator.pending or self._is_dirty:
+        counts = self.refcounts
+        unaccounted = self.allocator.pending or counts.blocks.dirty or counts.staged
+        if self._is_dirty or not unaccounted:
             return
         self.header.set_incompatible(Incompatible.DIRTY, on=True)
         self.barriers.pending = True

@@ -82,6 +82,7 @@ class Writer:
         number = offset // self._slice_span
         state.ensure_table(number // state.tables.slices_per_table)
         words = state.slice(number)
+        state.owned.add(number)
         first, last = offset >> self._bits, (stop - 1) >> self._bits
         if first == last:
             self._write_cluster(words, first, view, offset)

@@ -1,0 +1,50 @@
+"""The names of barriers and of metadata steps, said once. Numpy-free.
+
+Fault and crash tests, and the `break` command of `qcow io`, name what is about to happen. A barrier
+is a flush that orders writes; leaving any out must be noticed by a test."""
+
+from __future__ import annotations
+
+# Of a qcow2 image, in the order of docs/adr/0011, then those of single operations.
+QCOW2_BARRIERS = (
+    "autoclear bits before the first change",
+    "dirty bit before unaccounted clusters",
+    "data and refcounts before tables",
+    "refcount table before mapping",
+    "refcount table switch before mapping",
+    "data before tables",
+    "L2 tables before L1",
+    "L1 table before its switch",
+    "mapping before releasing clusters",
+    "flush",
+    "refcounts before the dirty bit is cleared",
+    "dirty bit cleared",
+    "tables before the new size",
+    "new size",
+    "tables before the smaller size",
+    "smaller size",
+    "refcount table before its blocks go",
+    "cut of the file",
+)
+
+# Metadata steps of a qcow2 image. The names are those that qemu's debugging driver uses for the
+# same moments, as far as it has them.
+QCOW2_STEPS = (
+    "cluster_alloc",
+    "cluster_alloc_bytes",
+    "cluster_free",
+    "cow_read",
+    "cow_write",
+    "flush_to_disk",
+    "l1_grow_activate_table",
+    "l1_grow_alloc_table",
+    "l1_grow_write_table",
+    "l1_update",
+    "l2_alloc_allocate",
+    "l2_alloc_cow_read",
+    "l2_alloc_write",
+    "l2_update",
+    "refblock_update",
+    "reftable_update",
+    "write_compressed",
+)

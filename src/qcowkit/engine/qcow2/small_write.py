@@ -1,0 +1,124 @@
+"""The short way for small writes: one cluster, warm tables, an entry without surprises.
+
+What it does is what `Writer` would do, without a plan and without arrays; a property test holds the
+two equal. Whatever is not plain to see is left to the long way."""
+
+from __future__ import annotations
+
+from array import array
+
+from qcowkit.codecs.qcow2.entries import COPIED, OFFSET_MASK
+from qcowkit.engine.qcow2.old_content import OldContent
+from qcowkit.engine.qcow2.state import WriteState
+from qcowkit.errors import CorruptMetadata
+
+_FLAGS = (1 << 64) - 1 - OFFSET_MASK
+
+
+class SmallWriter:
+    """Writes into one image that need no more than a look. The caller holds the lock."""
+
+    def __init__(self, state: WriteState, old: OldContent) -> None:
+        self._state = state
+        self._old = old
+        self._barriers = state.barriers
+        self._bits = state.geometry.cluster_bits
+        self._size = state.geometry.cluster_size
+        self._mask = self._size - 1
+        self._unit = state.geometry.subcluster_size
+        self._unit_bits = self._unit.bit_length() - 1
+        self._extended = state.geometry.has_subclusters
+        self._words = 2 if self._extended else 1
+        self._entries = state.tables.slice_entries
+        self._cache = state.tables.cache
+        self._find = state.tables.cache.find
+        self._judged = state.judged
+        self._owned = state.owned
+        self._recent = state.guard.recent
+        self._external = state.external
+        self._take = state.allocator.take_fresh
+        self._put = state.data.pwrite
+
+    def write(self, data: memoryview, offset: int) -> bool:
+        """Write the bytes; False, and nothing done, where that is not so simple."""
+        length = len(data)
+        cluster = offset >> self._bits
+        number = cluster // self._entries
+        words = self._find(number)
+        inside = offset & self._mask
+        if words is None or not 0 < length <= self._size - inside or number not in self._judged:
+            return False
+        index = (cluster - number * self._entries) * self._words
+        entry = words[index]
+        span = 0
+        if self._extended:
+            first, last = inside >> self._unit_bits, (inside + length - 1) >> self._unit_bits
+            span = (2 << last) - (1 << first)
+            bitmap = words[index + 1]
+            if not entry and not bitmap:
+                return self._allocate(number, index, span, data, offset)
+            if bitmap & span != span:
+                return False
+        elif not entry:
+            return self._allocate(number, index, span, data, offset)
+        host = entry & OFFSET_MASK
+        if entry & _FLAGS != COPIED or (not host and not self._external):
+            return False
+        if host >> self._bits in self._recent:
+            return False
+        self._barriers.pending = True
+        self._put((data,), offset=host + inside)
+        return True
+
+    def _allocate(self, number: int, index: int, span: int, data: memoryview, offset: int) -> bool:
+        """A cluster that is nowhere yet goes into one that reads as zeros."""
+        if self._external or number not in self._owned:
+            return False
+        inside = offset & self._mask
+        start, end = offset - inside, self._size
+        if self._extended:
+            # Only the subclusters that are touched have to be there afterwards.
+            begin = inside & -self._unit
+            end = (inside + len(data) + self._unit - 1) & -self._unit
+        else:
+            begin = 0
+        buffers: tuple[memoryview | bytes | bytearray, ...] = (data,)
+        below = self._old.below
+        if below is not None and start + begin < below.size:
+            if start + end > below.size or end - begin > len(data) * 32 + 65536:
+                return False
+            try:
+                raw = below.read_or_none(start=start + begin, length=end - begin)
+            except CorruptMetadata as error:
+                self._state.foreign = error
+                raise
+            if raw is not None:
+                view = memoryview(raw)
+                buffers = (view[: inside - begin], data, view[inside + len(data) - begin :])
+                inside = begin
+        cluster = self._take()
+        if cluster < 0:
+            return False
+        self._barriers.pending = True
+        try:
+            self._put(buffers, offset=(cluster << self._bits) + inside)
+            words = self._edit(number, index)
+        except BaseException:
+            self._state.allocator.free(cluster, 1, punch=False)
+            raise
+        words[index] = cluster << self._bits | COPIED
+        if self._extended:
+            words[index + 1] = span
+        return True
+
+    def _edit(self, number: int, index: int) -> array[int]:
+        """The words of the slice, the entry at word `index` marked as changed."""
+        words = self._find(number)
+        size = 8 * self._words
+        if words is not None and self._cache.touch(
+            number, words, first=index * 8, last=index * 8 + size
+        ):
+            return words
+        # A reader has pushed the slice out: it is found again.
+        entry = index // self._words
+        return self._state.edit(number, first=entry, last=entry + 1)
