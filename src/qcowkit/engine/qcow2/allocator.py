@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcowkit.engine.qcow2.overlap import OverlapGuard
-from qcowkit.engine.qcow2.refcount_store import RefcountStore, Run
+from qcowkit.engine.qcow2.refcount_store import RefcountStore
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.units import INT64_MAX, ceil_div
 
 NEVER = INT64_MAX
-_SHORT = 16
+# Runs from here on are counted by themselves, shorter ones of a block together.
+_LONG = 64
+
+# (first, count, punch) of host clusters; punch: the host may have their space back.
+Released = tuple[int, int, bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,33 +156,59 @@ class Allocator:
             self.refcounts.add(first, count, 1)
             self._raised.pop()
 
-    def release(self) -> list[tuple[int, int, bool]]:
-        """Count what was freed, now that nothing durable refers to it; returns (first, count,
-        punch) of clusters that nobody refers to any more. They may be given out again."""
+    def release(self) -> list[Released]:
+        """Count what was freed, now that nothing durable refers to it; returns the clusters that
+        nobody refers to any more. They may be given out again.
+
+        Block by block: where one cannot be read or written, the others are done, and what is left
+        waits for the next call. Raises StorageError and CorruptMetadata."""
         assert not self._raised
+        released: list[Released] = []
         freed, self._freed = self._freed, []
-        released: list[tuple[int, int, bool]] = []
-        for punch in (False, True):
-            runs = [(first, count) for first, count, wish in freed if wish == punch]
-            released += [(first, count, punch) for first, count in self._count_down(runs)]
-        for first, count, _ in released:
-            self._guard.forget(first=first, count=count)
-            self._scan = min(self._scan, first)
+        waiting: list[Released] = []
+        try:
+            for punch in (False, True):
+                waiting = [run for run in freed if run[2] == punch]
+                freed = [run for run in freed if run[2] != punch]
+                self._count_down(waiting, released)
+        finally:
+            self._freed += waiting + freed
+            for first, count, _ in released:
+                self._guard.forget(first=first, count=count)
+                self._scan = min(self._scan, first)
         return released
 
-    def _count_down(self, runs: list[Run]) -> list[Run]:
-        """Long runs one by one, many short ones together."""
-        zero: list[Run] = []
-        short = [run for run in runs if run[1] < _SHORT]
-        if len(short) < _SHORT:
-            short = []
-        else:
-            runs = [run for run in runs if run[1] >= _SHORT]
-            parts = [np.arange(first, first + count, dtype=np.int64) for first, count in short]
-            zero += self.refcounts.add_scattered(np.sort(np.concatenate(parts)), -1)
-        for first, count in runs:
-            zero += self.refcounts.add(first, count, -1)
-        return zero
+    def _count_down(self, waiting: list[Released], released: list[Released]) -> None:
+        """Move runs, all of one wish, from `waiting` to `released` as far as it goes."""
+        waiting.sort()
+        while waiting:
+            first, count, punch = waiting[-1]
+            block = (first + count - 1) // self.refcounts.per_block
+            # From the end on: what lies in the last block, of long runs only that part.
+            low = max(first, block * self.refcounts.per_block)
+            if low > first or count >= _LONG:
+                zero = self.refcounts.add(low, first + count - low, -1)
+                waiting.pop()
+                if low > first:
+                    waiting.append((first, low - first, punch))
+            else:
+                begin = self._first_of_block(waiting, block)
+                runs = waiting[begin:]
+                parts = [np.arange(at, at + many, dtype=np.int64) for at, many, _ in runs]
+                zero = self.refcounts.add_scattered(np.sort(np.concatenate(parts)), -1)
+                del waiting[begin:]
+            released += [(at, many, punch) for at, many in zero]
+
+    def _first_of_block(self, waiting: list[Released], block: int) -> int:
+        """The index of the first short run at the end of the list that lies in one block."""
+        index = len(waiting) - 1
+        floor = block * self.refcounts.per_block
+        while index and waiting[index - 1][0] >= floor and waiting[index - 1][1] < _LONG:
+            before = waiting[index - 1]
+            if before[0] + before[1] > floor + self.refcounts.per_block:
+                break
+            index -= 1
+        return index
 
     def cut(self, clusters: int) -> None:
         """The file was cut to `clusters` clusters: what lies behind is nobody's, and fresh."""
@@ -189,7 +219,8 @@ class Allocator:
             self._fresh = self._end = clusters
 
     def end_of_use(self) -> int:
-        """One past the last cluster with a count, as the blocks in memory have it."""
+        """One past the last cluster with a count."""
+        self.apply_raised()
         return self.refcounts.last_in_use() + 1
 
     # Windows

@@ -90,10 +90,12 @@ class Resizer:
             self._cover(self._geometry.l1_entries(size))
             mapping.size = size
             self._clear_added(before, size)
+            # Preallocation works in clusters; a data file ends with the disk.
+            end = max(size, state.data.size())
             if preallocation != "off":
                 self._preallocate(align_down(before, self._size), size, preallocation)
-            if state.external and state.data.size() < size:
-                state.data.truncate(size)
+            if state.external and state.data.size() != end:
+                state.data.truncate(end)
                 state.barriers.pending = True
             state.commit()
             state.barriers.wait("tables before the new size")
@@ -237,6 +239,8 @@ class Resizer:
             if state.external:
                 state.data.truncate(size)
                 state.barriers.pending = True
+            # Lazy or not: what is cut off must be what the counts say, all of them.
+            state.store_refcounts()
             state.drop_empty_blocks()
             clusters = state.allocator.end_of_use()
             if clusters * self._size < state.storage.size():

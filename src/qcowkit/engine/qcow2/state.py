@@ -279,7 +279,7 @@ class WriteState:
             self._promise_repair()
         if not self.lazy or self.refcounts.moved:
             # A table that has moved must be found, lazy or not: its old place will be used again.
-            self._store_refcounts()
+            self.store_refcounts()
         self._store_l2()
         self._store_l1()
         self._release()
@@ -298,7 +298,8 @@ class WriteState:
     def _is_dirty(self) -> bool:
         return bool(self.header.header.incompatible_features & Incompatible.DIRTY)
 
-    def _store_refcounts(self) -> None:
+    def store_refcounts(self) -> None:
+        """Write counts and the refcount table, each durable before what needs it."""
         self.allocator.apply_raised()
         self.barriers.observe("refblock_update")
         if self.refcounts.store_blocks():
@@ -386,7 +387,7 @@ class WriteState:
 
     def _settle_refcounts(self) -> None:
         """End of lazy refcounts: count all there is to count, then take the promise back."""
-        self._store_refcounts()
+        self.store_refcounts()
         self.barriers.wait("refcounts before the dirty bit is cleared")
         self.header.set_incompatible(Incompatible.DIRTY, on=False)
         self.barriers.pending = True

@@ -248,7 +248,9 @@ class Writer:
         last = (piece.first + piece.count - 1) << self._bits
         begin, end = start + piece.head.begin, last + piece.tail.end
         stop = offset + len(data)
-        # The disk may end within its last cluster; what is behind belongs to nobody.
+        if state.external:
+            # A data file ends with the disk, also where that is within a cluster.
+            end = min(end, max(stop, state.mapping.size))
         if piece.kind == IN_PLACE or (begin == offset and end == stop):
             state.data.pwrite((data,), offset=piece.host + offset - start)
             return
