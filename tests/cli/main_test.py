@@ -18,7 +18,7 @@ from qcowkit.cli.main import main
 from qcowkit.cli.table import BY_NAME, VERBS, Verb
 from qcowkit.errors import RequestError, StorageError
 
-QEMU_VERBS = ["info", "map", "convert", "check", "compare", "measure", "create", "dd"]
+QEMU_VERBS = ["info", "map", "convert", "check", "compare", "measure", "create", "dd", "resize"]
 
 
 def ending_with(monkeypatch: pytest.MonkeyPatch, ending: Callable[[], int]) -> None:
@@ -76,6 +76,7 @@ def test_an_unknown_flag_is_named_in_one_line(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     operands = {"compare": ["a", "b"], "convert": ["a", "b"], "completion": ["bash"]}
+    operands |= {"resize": ["a", "1M"]}
     code = main([verb, *operands.get(verb, ["a"]), "--no-such-flag"])
     error = capsys.readouterr().err
     assert error == (

@@ -125,12 +125,17 @@ def add_access(parser: Parser) -> None:
         help="open even while another process writes the image; the content may be inconsistent",
     )
     add_objects(parser)
+    add_image_opts(parser)
+    add_gate(parser)
+
+
+def add_image_opts(parser: Parser) -> None:
+    """`--image-opts`."""
     parser.add_argument(
         "--image-opts",
         action="store_true",
         help="operands are descriptions such as driver=qcow2,file.filename=disk.qcow2",
     )
-    add_gate(parser)
 
 
 def add_objects(parser: Parser) -> None:

@@ -1,4 +1,4 @@
-"""Opening guest disks for the verbs that read them. The one shared module here that needs numpy."""
+"""Opening guest disks for the verbs. The one shared module here that needs numpy."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ from argparse import Namespace
 
 from qcowkit.cli.common import image_specs, make_gate, warn
 from qcowkit.cli.options import ImageSpec
+from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.image.registry import open_chain
 
 
 def open_disk(
-    args: Namespace, name: str, *, format: str | None, snapshot: str | None = None
+    args: Namespace,
+    name: str,
+    *,
+    format: str | None,
+    snapshot: str | None = None,
+    writable: bool = False,
 ) -> Chain:
-    """The disk of an operand and all it stands on, for reading; warnings go to standard error."""
+    """The disk of an operand and all it stands on; warnings go to standard error."""
     (spec,) = image_specs(args, [name], format=format)
-    return open_spec(args, spec, snapshot=snapshot)
+    return open_spec(args, spec, snapshot=snapshot, writable=writable)
 
 
-def open_spec(args: Namespace, spec: ImageSpec, *, snapshot: str | None = None) -> Chain:
+def open_spec(
+    args: Namespace, spec: ImageSpec, *, snapshot: str | None = None, writable: bool = False
+) -> Chain:
     """The same for an operand that was read already."""
+    if writable and spec.read_only:
+        raise RequestError(f"--image-opts: read-only=on, and {spec.path} would be written")
     chain = open_chain(
         spec.path,
         format=spec.format,
         gate=make_gate(args),
         snapshot=snapshot,
+        writable=writable,
         options=spec.opening,
     )
     warn(args, chain.warnings)

@@ -4,10 +4,13 @@ unambiguous beginning, messages that name the flag. Numpy-free."""
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qcowkit.cli import exits
+
+_NEGATIVE_SIZE = re.compile(r"-\d[\w.]*\Z")
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +24,7 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.usage_exit = usage_exit
+        self.signed_operands = False
         self.add_argument("-h", "--help", action="help", help="show this text")
 
     def error(self, message: str) -> NoReturn:
@@ -47,7 +51,12 @@ class Parser(argparse.ArgumentParser):
         self.epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
     def parse_verb(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The arguments after the verb, operands and flags in any order."""
+        """The arguments after the verb, operands and flags in any order.
+
+        With `signed_operands` a size with a minus, as `-1G`, is an operand."""
+        if self.signed_operands:
+            # To argparse an argument that begins with a space is no flag; sizes may begin so.
+            arguments = [f" {text}" if _NEGATIVE_SIZE.match(text) else text for text in arguments]
         return self.parse_intermixed_args(arguments)
 
 

@@ -64,6 +64,7 @@ VERBS = (
     Verb(name="compare", summary="tell whether two disks have the same content"),
     Verb(name="measure", summary="say how large an image would become"),
     Verb(name="create", summary="make a new, empty image"),
+    Verb(name="resize", summary="change the size of a disk in place"),
     Verb(name="dd", summary="copy a part of a disk"),
     _own("headers", "list the allocated clusters as JSON"),
     _own("inspect", "judge whether a file of a stranger is safe to use"),
