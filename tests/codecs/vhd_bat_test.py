@@ -11,6 +11,8 @@ from qcowkit.codecs.vhd.bat import (
     decode_bitmap,
     encode_bat,
     encode_bitmap,
+    has_bit,
+    set_bits,
 )
 
 
@@ -34,3 +36,21 @@ def test_every_bitmap_survives_encoding_and_fills_sectors(bits: list[bool]) -> N
     raw = encode_bitmap(np.array(bits))
     assert len(raw) % 512 == 0
     assert decode_bitmap(raw, count=len(bits)).tolist() == bits
+
+
+@given(st.integers(1, 40), st.data())
+def test_bits_are_set_in_runs(size: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, size * 8))
+    end = data.draw(st.integers(first, size * 8))
+    bitmap = bytearray(size)
+    set_bits(bitmap, first=first, end=end)
+    assert decode_bitmap(bytes(bitmap), count=size * 8).nonzero()[0].tolist() == [
+        *range(first, end)
+    ]
+    assert [n for n in range(size * 8) if has_bit(bitmap, n)] == [*range(first, end)]
+
+
+def test_bits_that_were_set_stay_so() -> None:
+    bitmap = bytearray(b"\x81\x00\x01")
+    set_bits(bitmap, first=4, end=18)
+    assert bitmap == b"\x8f\xff\xc1"

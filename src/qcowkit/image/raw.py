@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcowkit.extents.table import Extent, ExtentTable
+from qcowkit.extents.table import Extent, ExtentTable, Hit
 from qcowkit.image.metadata import RawMetadata
 from qcowkit.image.plain import check_range, map_flat, read_plain
 from qcowkit.storage.protocol import Storage
@@ -16,14 +16,22 @@ class RawImage:
 
     def __init__(self, metadata: RawMetadata, storage: Storage) -> None:
         self.metadata = metadata
-        self.size = metadata.virtual_size
         self.cluster_size = storage.caps.block_size
         self.data_storage = storage
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return self.metadata.virtual_size
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """Data and holes as the host reports them; see `Image.extents`."""
         check_range(start=start, length=length, size=self.size)
         return map_flat(self.data_storage, start=start, length=length, limit=limit)
+
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """See `Image.lookup`."""
+        return Hit.DATA, offset, self.size - offset
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""

@@ -17,7 +17,9 @@ from qcowkit.image.protocol import Image, WritableImage
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.qcow2_write import WritableQcow2Image
 from qcowkit.image.raw import RawImage
+from qcowkit.image.raw_write import WritableRawImage
 from qcowkit.image.vhd import VhdImage
+from qcowkit.image.vhd_write import WritableVhdImage
 
 
 def open_chain(
@@ -133,4 +135,6 @@ def build_writable(layer: Layer, *, budget: Budget, options: OpenOptions) -> Wri
             budget=budget,
             options=options,
         )
-    raise RequestError(f"{layer.metadata.format} images cannot be written yet")
+    if isinstance(layer.metadata, VhdMetadata):
+        return WritableVhdImage(layer.metadata, layer.storage)
+    return WritableRawImage(layer.metadata, layer.storage)

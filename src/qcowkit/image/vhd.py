@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qcowkit.engine.vhd.mapping import BlockMap
 from qcowkit.engine.vhd.metadata import VhdMetadata
-from qcowkit.extents.table import Extent, ExtentTable
+from qcowkit.extents.table import Extent, ExtentTable, Hit
 from qcowkit.image.plain import check_range, map_flat, read_plain
 from qcowkit.storage.protocol import Storage
 
@@ -19,11 +19,15 @@ class VhdImage:
 
     def __init__(self, metadata: VhdMetadata, storage: Storage) -> None:
         self.metadata = metadata
-        self.size = metadata.virtual_size
         self.cluster_size = metadata.cluster_size
         self.data_storage = storage
         self._blocks: BlockMap | None = None
         self._loading = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return self.metadata.virtual_size
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """See `Image.extents`. A fixed disk shows the holes of its file as ZERO."""
@@ -31,6 +35,12 @@ class VhdImage:
         if self.metadata.dynamic_header is None:
             return map_flat(self.data_storage, start=start, length=length, limit=limit)
         return self._block_map().extents(start=start, length=length, limit=limit)
+
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """See `Image.lookup`. Where sectors decide for themselves only a table tells."""
+        if self.metadata.dynamic_header is None:
+            return Hit.DATA, offset, self.size - offset
+        return self._block_map().lookup(offset)
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""

@@ -40,3 +40,22 @@ def encode_bitmap(present: npt.NDArray[np.bool_]) -> bytes:
     """The bitmap of a block on disk, padded with zeros to whole sectors."""
     raw = np.packbits(present).tobytes()
     return raw.ljust(align_up(len(raw), SECTOR), b"\0")
+
+
+def has_bit(bitmap: bytes | bytearray, sector: int) -> bool:
+    """Whether the bit of a sector of the block is set."""
+    return bool(bitmap[sector >> 3] & 0x80 >> (sector & 7))
+
+
+def set_bits(bitmap: bytearray, *, first: int, end: int) -> None:
+    """Set the bits of the sectors [first, end) in place."""
+    if first >= end:
+        return
+    low, high = first >> 3, end - 1 >> 3
+    head, tail = 0xFF >> (first & 7), 0xFF & 0xFF00 >> ((end - 1 & 7) + 1)
+    if low == high:
+        bitmap[low] |= head & tail
+        return
+    bitmap[low] |= head
+    bitmap[low + 1 : high] = b"\xff" * (high - low - 1)
+    bitmap[high] |= tail

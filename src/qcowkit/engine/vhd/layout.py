@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qcowkit.codecs.vhd.chs import MAX_GEOMETRY, chs_from_sectors, round_up_to_chs
+from qcowkit.codecs.vhd.chs import MAX_GEOMETRY, Chs, chs_from_sectors, round_up_to_chs
 from qcowkit.codecs.vhd.dynamic_header import (
     DEFAULT_BLOCK_SIZE,
     HEADER_SIZE,
@@ -36,7 +36,7 @@ CREATOR = b"qkit"
 CREATOR_VERSION = 0x0001_0000
 MAX_SIZE = MAX_SECTORS * SECTOR
 # Sector numbers in the table are 32 bits wide and the last value means unused.
-_MAX_FILE_BYTES = 0xFFFF_FFFF * SECTOR
+MAX_FILE_BYTES = 0xFFFF_FFFF * SECTOR
 _ENTRY_BYTES = 4
 _HEADER_AT = FOOTER_SIZE
 _NAMES_AT = FOOTER_SIZE + HEADER_SIZE
@@ -67,6 +67,13 @@ def plan_disk_size(size: int, *, force_size: bool = True) -> int:
     if planned > MAX_SIZE:
         raise RequestError(f"size {planned} is above the largest VHD, {MAX_SIZE} bytes (2040 GiB)")
     return planned
+
+
+def plan_geometry(size: int) -> Chs:
+    """The geometry that means `size` bytes exactly; where there is none the largest one, which
+    tells every reader to take current_size."""
+    geometry = chs_from_sectors(size // SECTOR)
+    return geometry if geometry.sectors * SECTOR == size else MAX_GEOMETRY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,17 +123,14 @@ class VhdLayout:
         return body + FOOTER_SIZE
 
     def footer(self, *, unique_id: uuid.UUID, timestamp: int, creator: bytes = CREATOR) -> Footer:
-        """The footer. Where no geometry means the size exactly it has the largest one, which
-        tells every reader to take current_size."""
-        geometry = chs_from_sectors(self.size // SECTOR)
-        exact = geometry.sectors * SECTOR == self.size
+        """The footer of a new disk; the size as `plan_geometry` has it."""
         kind = DiskType.DIFFERENCING if self.parent else DiskType.DYNAMIC
         fixed = self.subformat == "fixed"
         return Footer(
             disk_type=DiskType.FIXED if fixed else kind,
             current_size=self.size,
             original_size=self.size,
-            geometry=geometry if exact else MAX_GEOMETRY,
+            geometry=plan_geometry(self.size),
             unique_id=unique_id,
             data_offset=NO_OFFSET if fixed else _HEADER_AT,
             timestamp=timestamp,
@@ -197,7 +201,7 @@ def plan_layout(
         parent=parent,
         names=_encode_names(parent) if parent else (),
     )
-    if layout.file_size(layout.table_entries) > _MAX_FILE_BYTES:
+    if layout.file_size(layout.table_entries) > MAX_FILE_BYTES:
         raise RequestError(f"block size {block_size} is too small for a VHD of {size} bytes")
     return layout
 

@@ -19,6 +19,7 @@ from qcowkit.extents.table import (
     NO_HOST,
     ExtentTable,
     Flag,
+    Hit,
     Int64Array,
     concatenate,
     make_table,
@@ -38,9 +39,14 @@ _ABSENT = {
 
 
 class BlockMap:
-    """The decoded table of one dynamic or differencing VHD; immutable once loaded.
+    """The decoded table of one dynamic or differencing VHD. Readers take no lock.
 
-    sectors: int64, shape (blocks of the disk,): the sector of each block's bitmap, -1 for none."""
+    sectors: int64, shape (blocks of the disk,): the sector of each block's bitmap, -1 for none.
+    full: bool, same shape: blocks whose bitmap is known to have every bit that counts; once true
+    it stays so. staged: bitmaps by block that are newer than those in the file.
+
+    One writer at a time changes the three in place, element by element: what is known of a block's
+    bitmap is there before its sector is. A disk of another size is another map (`resized`)."""
 
     def __init__(self, metadata: VhdMetadata, storage: Storage, sectors: Int64Array) -> None:
         assert metadata.dynamic_header is not None
@@ -48,7 +54,10 @@ class BlockMap:
         self.size = metadata.virtual_size
         self.storage = storage
         self.sectors = sectors
+        self.full = np.zeros(len(sectors), dtype=np.bool_)
+        self.staged: dict[int, bytearray] = {}
         self._absent = _ABSENT[metadata.footer.disk_type]
+        self._absent_hit = Hit.ZERO if self._absent & Flag.ZERO else Hit.NONE
         self._ones = b"\xff" * (self.header.block_size // SECTOR // 8)
 
     @classmethod
@@ -59,6 +68,20 @@ class BlockMap:
         sectors = load_bat(metadata, storage)
         check_bat(metadata, sectors)
         return cls(metadata, storage, sectors)
+
+    def resized(self, metadata: VhdMetadata) -> BlockMap:
+        """The map of the same blocks for a disk of another size; added blocks are unused.
+
+        Staged bitmaps are shared. A block at the old end or the new one may have got more sectors,
+        so its bitmap is looked at again."""
+        kept = min(len(self.sectors), metadata.block_count)
+        sectors = np.full(metadata.block_count, UNUSED, dtype=np.int64)
+        sectors[:kept] = self.sectors[:kept]
+        other = BlockMap(metadata, self.storage, sectors)
+        known = max(kept - 1, 0)
+        other.full[:known] = self.full[:known]
+        other.staged = self.staged
+        return other
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """Map a guest range within the disk; see `Image.extents`. `limit` counts blocks."""
@@ -71,42 +94,90 @@ class BlockMap:
         stop = min(start + length, last * block_size)
         if last - first == 1 and (row := self._within_block(first, start=start, stop=stop)):
             return row
-        partial = self._partial_blocks(first, self.sectors[first:last])
+        # A writer may go on meanwhile: all of the answer is of one moment.
+        sectors = self.sectors[first:last].copy()
         tables: list[ExtentTable] = []
         done = first
-        for block, bits in partial:
-            tables.append(self._whole_blocks(done, block))
-            tables.append(self._by_sector(block, bits))
+        for block, bits in self._partial_blocks(first, sectors):
+            tables.append(self._whole_blocks(done, sectors[done - first : block - first]))
+            tables.append(self._by_sector(block, int(sectors[block - first]), bits))
             done = block + 1
-        tables.append(self._whole_blocks(done, last))
+        tables.append(self._whole_blocks(done, sectors[done - first :]))
         return clip(coalesce(concatenate([table for table in tables if len(table)])), start, stop)
+
+    def bitmap(self, block: int) -> bytes:
+        """The bitmap of a present block, without padding.
+
+        Raises CorruptMetadata where the file was cut short behind our back."""
+        while True:
+            staged = self.staged.get(block)
+            if staged is not None:
+                return bytes(staged)
+            sector = int(self.sectors[block])
+            raw = self.storage.pread(len(self._ones), offset=sector * SECTOR)
+            # A block that was moved meanwhile left a place that may be in other use by now.
+            if int(self.sectors[block]) == sector:
+                break
+        if len(raw) < len(self._ones):
+            raise CorruptMetadata(
+                "sector bitmap",
+                host_offset=sector * SECTOR,
+                reason=f"the file ends after {len(raw)} of {len(self._ones)} bytes",
+            )
+        return raw
+
+    def is_full(self, block: int) -> bool:
+        """Whether a present block has all of its sectors; remembered where it has."""
+        if self.full[block]:
+            return True
+        found = self.fills(block, self.bitmap(block))
+        if found:
+            self.full[block] = True
+        return found
+
+    def fills(self, block: int, bitmap: bytes | bytearray) -> bool:
+        """Whether a bitmap has every bit that counts for a block."""
+        if bitmap == self._ones:
+            return True
+        return bool(decode_bitmap(bytes(bitmap), count=self._sectors_of(block)).all())
+
+    def data_offset(self, block: int) -> int:
+        """The host offset of a present block's data."""
+        return int(self.sectors[block]) * SECTOR + self.header.bitmap_size
+
+    def lookup(self, offset: int) -> tuple[Hit, int, int]:
+        """See `Image.lookup`; up to the end of the block. OTHER where a bitmap has clear bits."""
+        block, begin = divmod(offset, self.header.block_size)
+        run = min(self.header.block_size - begin, self.size - offset)
+        sector = int(self.sectors[block])
+        if sector == UNUSED:
+            return self._absent_hit, NO_HOST, run
+        if not (self.full[block] or self.is_full(block)):
+            return Hit.OTHER, NO_HOST, run
+        return Hit.DATA, sector * SECTOR + self.header.bitmap_size + begin, run
 
     def _within_block(self, block: int, *, start: int, stop: int) -> ExtentTable | None:
         """The scalar twin for small reads: one row, or None where the bitmap decides."""
         sector = int(self.sectors[block])
         if sector == UNUSED:
             return single(start, stop - start, self._absent)
-        host = sector * SECTOR
-        if self.storage.pread(len(self._ones), offset=host) != self._ones:
+        if not self.is_full(block):
             return None
-        host += self.header.bitmap_size + start - block * self.header.block_size
+        host = sector * SECTOR + self.header.bitmap_size + start - block * self.header.block_size
         return single(start, stop - start, _PRESENT, host=host)
 
     def _partial_blocks(
         self, first: int, sectors: Int64Array
     ) -> list[tuple[int, npt.NDArray[np.bool_]]]:
         """The present blocks whose bitmap has clear bits, ascending, with the bits that count."""
-        ones, pread = self._ones, self.storage.pread
-        used = np.flatnonzero(sectors != UNUSED)
+        unsure = np.flatnonzero((sectors != UNUSED) & ~self.full[first : first + len(sectors)])
         found = []
-        for index, offset in zip(used.tolist(), (sectors[used] * SECTOR).tolist(), strict=True):
-            raw = pread(len(ones), offset=offset)
-            if raw == ones:
-                continue
-            block = first + index
-            bits = decode_bitmap(raw.ljust(len(ones), b"\0"), count=self._sectors_of(block))
-            if not bits.all():
-                found.append((block, bits))
+        for block in (unsure + first).tolist():
+            raw = self.bitmap(block)
+            if self.fills(block, raw):
+                self.full[block] = True
+            else:
+                found.append((block, decode_bitmap(raw, count=self._sectors_of(block))))
         return found
 
     def _sectors_of(self, block: int) -> int:
@@ -114,12 +185,11 @@ class BlockMap:
         block_size = self.header.block_size
         return min(block_size, self.size - block * block_size) // SECTOR
 
-    def _whole_blocks(self, first: int, last: int) -> ExtentTable:
+    def _whole_blocks(self, first: int, sectors: Int64Array) -> ExtentTable:
         """Blocks that are unused, or present with all of their sectors: a row each."""
         block_size = self.header.block_size
-        sectors = self.sectors[first:last]
         used = sectors != UNUSED
-        starts = np.arange(first, last, dtype=np.int64) * block_size
+        starts = np.arange(first, first + len(sectors), dtype=np.int64) * block_size
         host = np.where(used, sectors * SECTOR + self.header.bitmap_size, NO_HOST)
         return make_table(
             starts,
@@ -128,12 +198,12 @@ class BlockMap:
             host=host,
         )
 
-    def _by_sector(self, block: int, bits: npt.NDArray[np.bool_]) -> ExtentTable:
-        """One block by the runs of its bitmap. Clear sectors have a host offset too: their space
-        is allocated, only its content does not count."""
+    def _by_sector(self, block: int, sector: int, bits: npt.NDArray[np.bool_]) -> ExtentTable:
+        """One block at `sector`, by the runs of its bitmap. Clear sectors have a host offset too:
+        their space is allocated, only its content does not count."""
         edges = np.flatnonzero(np.append(True, bits[1:] != bits[:-1]))
         present, starts = bits[edges], edges.astype(np.int64) * SECTOR
-        data = int(self.sectors[block]) * SECTOR + self.header.bitmap_size
+        data = sector * SECTOR + self.header.bitmap_size
         return make_table(
             starts + block * self.header.block_size,
             np.diff(starts, append=len(bits) * SECTOR),
