@@ -150,11 +150,18 @@ class Allocator:
             freed.append((first, count, punch))
 
     def apply_raised(self) -> None:
-        """Count in the blocks what was given out."""
+        """Count in the blocks what was given out, block by block: what could not be counted stays
+        in the list. Raises StorageError and CorruptMetadata."""
+        per_block = self.refcounts.per_block
         while self._raised:
-            first, count = self._raised[-1]
-            self.refcounts.add(first, count, 1)
-            self._raised.pop()
+            run = self._raised[-1]
+            first, count = run
+            low = max(first, (first + count - 1) // per_block * per_block)
+            self.refcounts.add(low, first + count - low, 1)
+            if low > first:
+                run[1] = low - first
+            else:
+                self._raised.pop()
 
     def release(self) -> list[Released]:
         """Count what was freed, now that nothing durable refers to it; returns the clusters that
@@ -293,22 +300,40 @@ class Allocator:
                 return blocks, table
 
     def _build_area(self, first: int, *, blocks: int, table: int) -> None:
-        """Make the blocks that are missing from `first` on, and a longer table behind them."""
-        store, per_block = self.refcounts, self.refcounts.per_block
+        """Make the blocks that are missing from `first` on, and a longer table behind them.
+
+        Raises StorageError; the image in memory is as before then, but for clusters that count
+        without being used."""
+        store = self.refcounts
         size = self._geometry.cluster_size
         self._check(first, blocks + table)
-        if table:
-            old = (store.place // size, store.clusters)
-            store.move_table(entries=table * size // 8, place=(first + blocks) * size)
-            self._guard.note("refcount-table", first=first + blocks, count=table)
-        index, made = first // per_block, 0
-        while made < blocks:
-            if not store.has_block(index):
-                store.add_block(index, cluster=first + made)
-                made += 1
-            index += 1
-        self._guard.note("refcount-block", first=first, count=blocks)
-        store.add(first, blocks + table, 1)
+        old = (store.place // size, store.clusters, len(store.table))
         self._fresh = max(self._fresh, first + blocks + table)
+        self._count_in_old_blocks(first, blocks + table)
+        store.lengthen(table * size // 8)
+        made: list[int] = []
+        try:
+            index = first // store.per_block
+            while len(made) < blocks:
+                if not store.has_block(index):
+                    used = (first, blocks + table)
+                    store.add_block(index, cluster=first + len(made), used=used)
+                    made.append(index)
+                index += 1
+        except BaseException:
+            store.take_back_blocks(made, entries=old[2])
+            raise
+        self._guard.note("refcount-block", first=first, count=blocks)
         if table:
-            self.free(*old, punch=False)
+            store.move_table(place=(first + blocks) * size)
+            self._guard.note("refcount-table", first=first + blocks, count=table)
+            self.free(old[0], old[1], punch=False)
+
+    def _count_in_old_blocks(self, first: int, count: int) -> None:
+        """Those clusters of a new area that blocks describe which are there already."""
+        per_block, stop = self.refcounts.per_block, first + count
+        while first < stop:
+            end = min(stop, (first // per_block + 1) * per_block)
+            if self.refcounts.has_block(first // per_block):
+                self.refcounts.add(first, end - first, 1)
+            first = end

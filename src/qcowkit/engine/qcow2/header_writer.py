@@ -3,10 +3,12 @@ there after a crash, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import replace
 
 from qcowkit.codecs.qcow2.header import FIELD_OFFSETS, Autoclear, Header, Incompatible
+from qcowkit.errors import StorageError
 from qcowkit.storage.protocol import Storage
 
 _U64 = struct.Struct(">Q")
@@ -55,5 +57,13 @@ class HeaderWriter:
         self._write("autoclear_features", _U64.pack(bits), after)
 
     def _write(self, field: str, raw: bytes, after: Header) -> None:
-        self._storage.pwrite([raw], offset=FIELD_OFFSETS[field])
+        offset = FIELD_OFFSETS[field]
+        before = self.header.encode()[offset : offset + len(raw)]
+        try:
+            self._storage.pwrite([raw], offset=offset)
+        except StorageError:
+            # A part of it may be there: what the header said before is better than a mixture.
+            with contextlib.suppress(StorageError):
+                self._storage.pwrite([before], offset=offset)
+            raise
         self.header = after

@@ -175,17 +175,37 @@ class RefcountStore:
             self.last_used = max((index for index in range(block) if self.table[index]), default=-1)
         return dropped
 
-    def add_block(self, index: int, *, cluster: int) -> None:
-        """A new, empty block in host cluster `cluster`; its own count is the caller's to add."""
+    def add_block(self, index: int, *, cluster: int, used: Run) -> None:
+        """A new block in host cluster `cluster`, in which the part of the run `used` that it
+        describes counts once, the block itself mostly among it. Raises StorageError; there is no
+        block then."""
+        self._make_room()
+        raw = bytearray(self.geometry.cluster_size)
+        begin, base = used[0], index * self.per_block
+        first, last = max(begin, base), min(begin + used[1], base + self.per_block)
+        if first < last:
+            order = self.geometry.refcount_order
+            add_to_refcounts(raw, order, first=first - base, count=last - first, delta=1)
+        self.blocks.put(index, raw)
         self.table[index] = cluster << self.geometry.cluster_bits
         self._new_entries.add(index)
-        self._make_room()
-        self.blocks.put(index, bytearray(self.geometry.cluster_size))
         self.last_used = max(self.last_used, index)
 
-    def move_table(self, *, entries: int, place: int) -> None:
-        """A longer table of `entries` words at host `place`, which `store_table` writes."""
+    def take_back_blocks(self, indices: list[int], *, entries: int) -> None:
+        """Blocks that were just added are not, and the table has `entries` entries again."""
+        for index in indices:
+            self.table[index] = 0
+            self._new_entries.discard(index)
+        self.blocks.drop(iter(indices))
+        del self.table[entries:]
+        self.last_used = max((i for i, word in enumerate(self.table) if word), default=-1)
+
+    def lengthen(self, entries: int) -> None:
+        """Room in memory for `entries` entries; `move_table` says where they lie."""
         self.table.extend([0] * (entries - len(self.table)))
+
+    def move_table(self, *, place: int) -> None:
+        """The whole table lies at host `place` from now on; `store_table` writes it."""
         self.place, self.moved = place, True
 
     def plan_entries(self, blocks: int) -> int:

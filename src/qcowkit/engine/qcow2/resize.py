@@ -213,8 +213,8 @@ class Resizer:
         state.header.set_size(size)
         state.barriers.pending = True
         state.barriers.wait("smaller size")
+        # The L1 table in memory keeps its length: somebody may be reading behind the new end.
         state.mapping.size = size
-        state.tables.l1 = state.tables.l1[:first_table].copy()
         self._cut_file(size)
 
     def _drop_tables(self, first: int) -> None:

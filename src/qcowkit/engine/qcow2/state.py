@@ -21,7 +21,7 @@ from qcowkit.codecs.qcow2.header import Incompatible
 from qcowkit.codecs.qcow2.transitions import hosts_of, slice_columns
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.options import OpenOptions
-from qcowkit.engine.qcow2.allocator import NEVER, Allocator
+from qcowkit.engine.qcow2.allocator import NEVER, Allocator, Grant
 from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.mapping import Mapping
@@ -114,18 +114,29 @@ class WriteState:
         self.barriers.observe("l2_alloc_allocate")
         grant = self.allocator.allocate(1)
         host = grant.first * size
+        try:
+            self._fill_table(old, grant, host)
+        except BaseException:
+            self.allocator.free(grant.first, 1, punch=False)
+            raise
         self.guard.note("active-l2", first=grant.first)
+        if old:
+            self.allocator.free(old // size, 1, punch=self.options.pass_discard_other)
+        self.tables.l1[index] = np.uint64(host | COPIED)
+        self._dirty_l1.add(index)
+
+    def _fill_table(self, old: int, grant: Grant, host: int) -> None:
+        """A new L2 table starts as a copy of the one that was shared, or with zeros."""
+        size = self.geometry.cluster_size
+        self.barriers.pending = True
         if old:
             self.barriers.observe("l2_alloc_cow_read")
             raw = self.storage.pread(size, offset=old).ljust(size, b"\0")
+            self.barriers.observe("l2_alloc_write")
             self.storage.pwrite([raw], offset=host)
-            self.allocator.free(old // size, 1, punch=self.options.pass_discard_other)
         elif not grant.zero:
+            self.barriers.observe("l2_alloc_write")
             self.storage.pwrite([bytes(size)], offset=host)
-        self.barriers.pending = True
-        self.barriers.observe("l2_alloc_write")
-        self.tables.l1[index] = np.uint64(host | COPIED)
-        self._dirty_l1.add(index)
 
     def slice(self, number: int) -> array[int]:
         """The words of a slice that is going to be used for writing, judged once."""
@@ -197,6 +208,8 @@ class WriteState:
         size = self.geometry.cluster_size
         count = max(1, ceil_div(entries * 8, size))
         self.barriers.observe("l1_grow_alloc_table")
+        # Behind the entries of the disk there may be those of a VM state.
+        stored = self.load_stored_l1(self.l1_entries_stored)
         first = self.allocator.allocate_run(count)
         self.guard.note("active-l1", first=first, count=count)
         old = self._moved_l1 or (
@@ -207,8 +220,8 @@ class WriteState:
         if clusters:
             self.allocator.free(old[0] // size, clusters, punch=self.options.pass_discard_other)
         table = np.zeros(entries, dtype=np.uint64)
-        known = min(entries, len(self.tables.l1))
-        table[:known] = self.tables.l1[:known]
+        table[: len(stored)] = stored
+        table[: len(self.tables.l1)] = self.tables.l1
         self.tables.l1 = table
         self._moved_l1 = first * size, entries
 
@@ -352,6 +365,7 @@ class WriteState:
         self.barriers.observe("l1_update")
         header = self.header.header
         for begin in sorted({align_down(index * 8, SECTOR) for index in self._dirty_l1}):
+            # Entries of a VM state, behind those of the disk, stay as they are.
             end = min(begin + SECTOR, header.l1_size * 8, len(self.tables.l1) * 8)
             self.storage.pwrite([self._l1_bytes(begin, end)], offset=header.l1_table_offset + begin)
             self.barriers.pending = True
