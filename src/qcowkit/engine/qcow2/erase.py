@@ -23,6 +23,7 @@ from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.engine.qcow2.write import Writer
 from qcowkit.errors import UnsupportedFeature
 from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import Hit
 from qcowkit.units import MiB, align_down, align_up
 
 _ZEROS = memoryview(bytes(MiB))
@@ -86,6 +87,8 @@ class Eraser:
     def write_zeroes(self, offset: int, length: int, *, unmap: bool, fallback: bool) -> None:
         """The range reads as zeros. Raises UnsupportedFeature without `fallback` where zeros would
         have to be written; nothing is changed then."""
+        if not length:
+            return
         rules = self.rules(zeroes=True, unmap=unmap)
         plan = self._plan(offset, offset + length, rules)
         if plan.written and not fallback:
@@ -94,9 +97,11 @@ class Eraser:
                 "zeroing without writing",
                 reason=f"guest bytes {start:#x} to {end:#x} can only be zeroed by writing zeros",
             )
+        if not fallback:
+            self._refuse_compressed_parts(plan.begin, plan.end)
         if plan.begin < plan.end:
             self._zero_raw_data(plan.begin, min(plan.end, self._state.mapping.size), unmap=unmap)
-            self._zero_by_entries(plan.begin, plan.end, rules, fallback=fallback)
+            self._zero_by_entries(plan.begin, plan.end, rules)
         for start, end in plan.written:
             self._write_zeros(start, end)
 
@@ -131,20 +136,31 @@ class Eraser:
         stop = min(stop, self._state.mapping.size)
         return start >= stop or self._old.is_zero(start, stop)
 
-    def _zero_by_entries(self, begin: int, end: int, rules: EraseRules, *, fallback: bool) -> None:
+    def _refuse_compressed_parts(self, begin: int, end: int) -> None:
+        """Raise UnsupportedFeature where a part of a compressed cluster is to be zeroed."""
+        for edge in {begin, end} - {align_down(begin, self._size), align_down(end, self._size)}:
+            cluster = align_down(edge, self._size)
+            if self._state.mapping.lookup(cluster)[0] == Hit.OTHER:
+                raise UnsupportedFeature(
+                    "zeroing without writing",
+                    reason=f"a part of the compressed cluster at guest offset {cluster:#x} cannot "
+                    "be zeroed by its entry",
+                )
+
+    def _zero_by_entries(self, begin: int, end: int, rules: EraseRules) -> None:
         """Whole clusters by their entries, ragged ones by their subclusters."""
         first, last = align_up(begin, self._size), align_down(end, self._size)
         if first > last:
-            self._zero_part(begin, end, fallback=fallback)
+            self._zero_part(begin, end)
             return
         if begin < first:
-            self._zero_part(begin, first, fallback=fallback)
+            self._zero_part(begin, first)
         if first < last:
             self.erase(first, last, rules)
         if last < end:
-            self._zero_part(last, end, fallback=fallback)
+            self._zero_part(last, end)
 
-    def _zero_part(self, begin: int, end: int, *, fallback: bool) -> None:
+    def _zero_part(self, begin: int, end: int) -> None:
         """Subclusters of one cluster: bits alone change, no space is given up."""
         state, geometry = self._state, self._geometry
         cluster = begin >> geometry.cluster_bits
@@ -152,12 +168,6 @@ class Eraser:
         state.ensure_table(number // state.tables.slices_per_table)
         words = state.slice(number)
         if is_compressed(words[2 * index]):
-            if not fallback:
-                raise UnsupportedFeature(
-                    "zeroing without writing",
-                    reason=f"a part of the compressed cluster at guest offset "
-                    f"{cluster << geometry.cluster_bits:#x} cannot be zeroed by its entry",
-                )
             self._write_zeros(begin, min(end, state.mapping.size))
             return
         start = cluster << geometry.cluster_bits
