@@ -15,6 +15,7 @@ from qcowkit.engine.memory import keep_freed_memory
 from qcowkit.errors import QcowkitError, RequestError
 from qcowkit.extents.algebra import clip, overlay
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit, concatenate, make_table
+from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.lineage import Layer
 from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image, Tracker, WritableImage
@@ -60,11 +61,14 @@ class Chain:
         *,
         layers: Sequence[Layer] = (),
         top: WritableImage | None = None,
+        cleaner: CacheCleaner | None = None,
     ) -> None:
-        """top: the first of `images` again, where it may be written."""
+        """top: the first of `images` again, where it may be written. cleaner: runs, and ends with
+        this disk."""
         self.images = tuple(images)
         self.layers = tuple(layers)
         self._top = top
+        self._cleaner = cleaner
         self._trackers: tuple[Tracker, ...] = ()
         self._measure()
         if top is not None:
@@ -328,6 +332,8 @@ class Chain:
         with ExitStack() as stack:
             for image in self.images:
                 stack.callback(image.close)
+            if self._cleaner is not None:
+                stack.callback(self._cleaner.stop)
 
     def __enter__(self) -> Self:
         return self

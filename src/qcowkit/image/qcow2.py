@@ -96,6 +96,10 @@ class Qcow2Image:
         size = self.cluster_size
         read_plain(self.data_storage, runs, buffer, base=base, cluster_size=size)
 
+    def clean(self) -> None:
+        """Drop cached tables that were not used since the last time."""
+        self.mapping.tables.cache.clean()
+
     def close(self) -> None:
         self.storage.close()
         if self.data_storage is not self.storage:

@@ -87,6 +87,10 @@ class WritableQcow2Image(Qcow2Image):
         header = self.disk.state.header.header
         self.metadata = replace(self.metadata, header=header, virtual_size=self.size)
 
+    def clean(self) -> None:
+        """Drop cached tables that were not used since the last time."""
+        self.disk.clean()
+
     def close(self) -> None:
         """Flush and close the files, also where flushing fails."""
         try:

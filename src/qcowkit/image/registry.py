@@ -11,6 +11,7 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
+from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.protocol import Image, WritableImage
@@ -97,9 +98,19 @@ def build_chain(
     below = [build_image(layer, budget=budget, options=options) for layer in layers[1:]]
     if writable:
         image = build_writable(top, budget=budget, options=options)
-        return Chain([image, *below], layers=layers, top=image)
+        cleaner = _start_cleaner([image, *below], options)
+        return Chain([image, *below], layers=layers, top=image, cleaner=cleaner)
     first = build_image(top, budget=budget, snapshot=snapshot, options=options)
-    return Chain([first, *below], layers=layers)
+    return Chain([first, *below], layers=layers, cleaner=_start_cleaner([first, *below], options))
+
+
+def _start_cleaner(images: Sequence[Image], options: OpenOptions) -> CacheCleaner | None:
+    cached = [image for image in images if isinstance(image, Qcow2Image)]
+    if not cached or not options.cache_clean_interval:
+        return None
+    cleaner = CacheCleaner(cached, interval=options.cache_clean_interval)
+    cleaner.start()
+    return cleaner
 
 
 def build_image(
