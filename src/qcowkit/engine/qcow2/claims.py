@@ -53,14 +53,20 @@ class Claims:
             owner=self.owner[kept],
         )
 
-    def plus(self, name: str, *, first: int, count: int) -> Claims:
-        """With one more run of `count` host clusters from index `first`."""
+    def plus(self, name: str, *, first: Int64Array | int, count: int) -> Claims:
+        """With one more structure: a run of `count` host clusters from each index in `first`."""
+        places = np.atleast_1d(np.asarray(first, dtype=np.int64))
         return Claims(
             names=(*self.names, name),
-            first=np.append(self.first, first),
-            count=np.append(self.count, count),
-            owner=np.append(self.owner, len(self.names)),
+            first=np.append(self.first, places),
+            count=np.append(self.count, np.full(len(places), count, dtype=np.int64)),
+            owner=np.append(self.owner, np.full(len(places), len(self.names), dtype=np.int64)),
         )
+
+    @property
+    def end(self) -> int:
+        """One past the last host cluster of all."""
+        return int((self.first + self.count).max()) if len(self.first) else 0
 
 
 class ClaimsBuilder:
