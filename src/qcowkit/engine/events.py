@@ -9,6 +9,8 @@ from __future__ import annotations
 QCOW2_BARRIERS = (
     "autoclear bits before the first change",
     "dirty bit before unaccounted clusters",
+    "record of dirty tables before tables",
+    "record of dirty tables given up",
     "data and refcounts before tables",
     "refcount table before mapping",
     "refcount table switch before mapping",

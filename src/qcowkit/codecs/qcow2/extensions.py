@@ -11,10 +11,16 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Self
 
+from qcowkit.codecs.qcow2.dirty_tables import (
+    DIRTY_TABLES_NAME,
+    DIRTY_TABLES_TYPE,
+    DirtyTables,
+)
 from qcowkit.codecs.qcow2.header import (
     MAX_BACKING_NAME,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,
+    Autoclear,
     FeatureKind,
     FeatureNames,
     Header,
@@ -71,6 +77,11 @@ FEATURE_NAMES: FeatureNames = {
     (FeatureKind.COMPATIBLE, 0): "lazy refcounts",
     (FeatureKind.AUTOCLEAR, 0): "bitmaps",
     (FeatureKind.AUTOCLEAR, 1): "raw external data",
+}
+# Named in images that have a record, so that other tools can tell what they clear.
+_RECORD_NAMES: FeatureNames = {
+    **FEATURE_NAMES,
+    (FeatureKind.AUTOCLEAR, Autoclear.DIRTY_TABLES.bit_length() - 1): DIRTY_TABLES_NAME,
 }
 
 
@@ -141,13 +152,15 @@ class Extension:
 class Extensions:
     """The decoded extensions. `unknown`: all others, in file order and byte for byte.
 
-    feature_names: the image's own table by (kind, bit); empty where it has none."""
+    feature_names: the image's own table by (kind, bit); empty where it has none. dirty_tables: our
+    record, which holds only while its autoclear bit is set."""
 
     backing_format: str | None = None
     data_file: str | None = None
     feature_names: FeatureNames = field(default_factory=dict)
     bitmaps: BitmapsExtension | None = None
     crypto: CryptoExtension | None = None
+    dirty_tables: DirtyTables | None = None
     unknown: tuple[Extension, ...] = ()
 
 
@@ -158,8 +171,13 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
     Raises CorruptMetadata, and UnsupportedFeature for an unknown backing format."""
     known: dict[int, bytes] = {}
     unknown = []
+    record: DirtyTables | None = None
     for offset, item in _iter_extensions(raw, start=start, stop=stop):
-        if item.type not in _TITLES:
+        if item.type == DIRTY_TABLES_TYPE and record is None:
+            record = DirtyTables.decode(item.data, host_offset=offset + _HEAD.size)
+            if record is None:
+                unknown.append(item)
+        elif item.type not in _TITLES:
             unknown.append(item)
         elif item.type in known:
             title = _TITLES[ExtensionType(item.type)]
@@ -174,6 +192,7 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
         feature_names=decode_feature_names(known.get(ExtensionType.FEATURE_NAMES, b"")),
         bitmaps=None if bitmaps is None else BitmapsExtension.decode(bitmaps),
         crypto=None if crypto is None else CryptoExtension.decode(crypto),
+        dirty_tables=record,
         unknown=tuple(unknown),
     )
 
@@ -314,9 +333,12 @@ def _ordered(header: Header, extensions: Extensions) -> Iterator[Extension]:
         yield Extension(type=ExtensionType.CRYPTO, data=extensions.crypto.encode())
     # Small clusters need the room for names.
     if header.version == 3 and header.cluster_size > 4096:
-        yield Extension(type=ExtensionType.FEATURE_NAMES, data=encode_feature_names())
+        names = FEATURE_NAMES if extensions.dirty_tables is None else _RECORD_NAMES
+        yield Extension(type=ExtensionType.FEATURE_NAMES, data=encode_feature_names(names))
     if extensions.bitmaps is not None:
         yield Extension(type=ExtensionType.BITMAPS, data=extensions.bitmaps.encode())
+    if extensions.dirty_tables is not None:
+        yield Extension(type=DIRTY_TABLES_TYPE, data=extensions.dirty_tables.encode())
     yield from extensions.unknown
 
 

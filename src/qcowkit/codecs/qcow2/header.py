@@ -58,6 +58,8 @@ class Autoclear(IntFlag):
 
     BITMAPS = 1 << 0
     DATA_FILE_RAW = 1 << 1
+    # Ours: the record of dirty L2 tables holds (codecs/qcow2/dirty_tables.py).
+    DIRTY_TABLES = 1 << 62
 
 
 class CryptMethod(IntEnum):

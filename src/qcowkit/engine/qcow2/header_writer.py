@@ -12,6 +12,8 @@ from qcowkit.errors import StorageError
 from qcowkit.storage.protocol import Storage
 
 _U64 = struct.Struct(">Q")
+# Incompatible, compatible and autoclear features stand side by side.
+_FEATURES = struct.Struct(">QQQ")
 _KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW)
 
 
@@ -21,8 +23,11 @@ class HeaderWriter:
     Callers order the writes: nothing here waits. All methods raise StorageError, and leave
     `header` as it was then."""
 
-    def __init__(self, storage: Storage, header: Header) -> None:
+    def __init__(self, storage: Storage, header: Header, *, keeps_record: bool = False) -> None:
+        """keeps_record: the caller keeps the record of dirty L2 tables up to date; without that its
+        bit is an unknown one."""
         self._storage = storage
+        self._known = _KNOWN_AUTOCLEAR | (Autoclear.DIRTY_TABLES if keeps_record else 0)
         self.header = header
 
     def set_size(self, size: int) -> None:
@@ -39,6 +44,28 @@ class HeaderWriter:
         after = replace(self.header, refcount_table_offset=offset, refcount_table_clusters=clusters)
         self._write("refcount_table_offset", struct.pack(">QI", offset, clusters), after)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the header says that the record of dirty L2 tables holds."""
+        return bool(self.header.autoclear_features & Autoclear.DIRTY_TABLES)
+
+    def set_dirty(self, *, on: bool, recorded: bool = False) -> None:
+        """The dirty bit, and with it whether the record of dirty L2 tables holds."""
+        header, bit = self.header, Incompatible.DIRTY
+        bits = header.incompatible_features & ~bit | (bit if on else 0)
+        cleared = header.autoclear_features & ~Autoclear.DIRTY_TABLES
+        autoclear = cleared | (Autoclear.DIRTY_TABLES if recorded else 0)
+        if autoclear == header.autoclear_features:
+            self.set_incompatible(bit, on=on)
+            return
+        raw = _FEATURES.pack(bits, header.compatible_features, autoclear)
+        after = replace(header, incompatible_features=int(bits), autoclear_features=int(autoclear))
+        self._write("incompatible_features", raw, after)
+
+    def drop_record(self) -> None:
+        """The record of dirty L2 tables holds no longer."""
+        self._keep_autoclear(~Autoclear.DIRTY_TABLES)
+
     def set_incompatible(self, bit: Incompatible, *, on: bool) -> None:
         """One of the dirty and corrupt bits."""
         bits = self.header.incompatible_features & ~bit | (bit if on else 0)
@@ -48,11 +75,14 @@ class HeaderWriter:
     @property
     def has_unknown_autoclear(self) -> bool:
         """Whether bits are set whose promise a writer that does not know them would break."""
-        return bool(self.header.autoclear_features & ~_KNOWN_AUTOCLEAR)
+        return bool(self.header.autoclear_features & ~self._known)
 
     def clear_unknown_autoclear(self) -> None:
         """Drop those bits."""
-        bits = self.header.autoclear_features & _KNOWN_AUTOCLEAR
+        self._keep_autoclear(self._known)
+
+    def _keep_autoclear(self, mask: int) -> None:
+        bits = int(self.header.autoclear_features & mask)
         after = replace(self.header, autoclear_features=bits)
         self._write("autoclear_features", _U64.pack(bits), after)
 

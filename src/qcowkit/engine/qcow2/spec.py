@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from qcowkit.codecs.qcow2.compression import COMPRESSION_TYPES, ZLIB, ZSTD
-from qcowkit.codecs.qcow2.extensions import Extensions
+from qcowkit.codecs.qcow2.dirty_tables import plan_dirty_tables
+from qcowkit.codecs.qcow2.extensions import Extensions, encode_first_cluster
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS, Geometry
 from qcowkit.codecs.qcow2.header import CompressionType, Header, new_header
 from qcowkit.errors import RequestError, UnsupportedFeature
@@ -64,7 +65,20 @@ class Qcow2Spec:
 
     def extensions(self) -> Extensions:
         """The header extensions of the new image."""
-        return Extensions(backing_format=self.backing_format, data_file=self.data_file)
+        plain = Extensions(backing_format=self.backing_format, data_file=self.data_file)
+        if not self.lazy_refcounts:
+            return plain
+        geometry = self.geometry
+        record = plan_dirty_tables(
+            cluster_size=geometry.cluster_size, l1_entries=geometry.l1_entries(self.size)
+        )
+        recorded = replace(plain, dirty_tables=record)
+        try:
+            encode_first_cluster(self.header(), recorded, self.backing_name)
+        except RequestError:
+            # Names go first: the image does without a record.
+            return plain
+        return recorded
 
 
 def _check_choices(spec: Qcow2Spec) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,13 +22,14 @@ from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.allocator import NEVER, Allocator, Grant
 from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
+from qcowkit.engine.qcow2.dirty_record import DirtyRecord
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.overlap import OverlapGuard
 from qcowkit.engine.qcow2.refcount_store import RefcountStore
 from qcowkit.engine.qcow2.tables import encode_words, load_l1
-from qcowkit.errors import CorruptMetadata, QcowkitError, StorageError
+from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError, StorageError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, align_down, ceil_div
@@ -73,7 +73,9 @@ class WriteState:
         self.lock = threading.RLock()
         self.barriers = barriers
         self.guard = guard
-        self.header = HeaderWriter(storage, metadata.header)
+        self.lazy = _choose_lazy(metadata, options)
+        self._record = self._find_record()
+        self.header = HeaderWriter(storage, metadata.header, keeps_record=self._record is not None)
         sizes = plan_cache_sizes(self.geometry, virtual_size=metadata.virtual_size, options=options)
         self.refcounts = RefcountStore(
             storage,
@@ -86,8 +88,6 @@ class WriteState:
         self.allocator = Allocator(
             self.refcounts, guard, file_clusters=NEVER if storage.caps.block_device else clusters
         )
-        wanted = options.lazy_refcounts
-        self.lazy = metadata.lazy_refcounts if wanted is None else wanted
         self.releases = 0
         self.broken: QcowkitError | None = None
         # Slices whose entries were judged before they were first used for writing.
@@ -98,8 +98,14 @@ class WriteState:
         self.foreign: QcowkitError | None = None
         self._dirty_l1: set[int] = set()
         self._moved_l1: tuple[int, int] | None = None
-        # Called with the L1 indices whose tables are about to change on disk.
-        self.before_l2: Callable[[list[int]], None] | None = None
+
+    def _find_record(self) -> DirtyRecord | None:
+        """The record of dirty L2 tables, if the image has one and can use it."""
+        found = self.metadata.extensions.dirty_tables
+        if not self.lazy or found is None or self.metadata.dirty:
+            # What has changed in a dirty image before now is not known here.
+            return None
+        return DirtyRecord(self.storage, found)
 
     # Tables
 
@@ -298,14 +304,50 @@ class WriteState:
         self._release()
 
     def _promise_repair(self) -> None:
-        """Lazy refcounts: whoever opens the image after a crash has to count anew."""
+        """Lazy refcounts: whoever opens the image after a crash has to count anew, what the record
+        of dirty tables names or everything."""
         counts = self.refcounts
-        unaccounted = self.allocator.pending or counts.blocks.dirty or counts.staged
-        if self._is_dirty or not unaccounted:
+        if self._is_dirty:
+            self._record_tables()
             return
-        self.header.set_incompatible(Incompatible.DIRTY, on=True)
+        if not (self.allocator.pending or counts.blocks.dirty or counts.staged):
+            return
+        tables = self._changed_tables()
+        recorded = self._record is not None and self._record.covers(tables)
+        if self._record is not None and recorded:
+            self._record.start(tables)
+        # Either may be durable without the other: no table has changed yet.
+        self.header.set_dirty(on=True, recorded=recorded)
         self.barriers.pending = True
         self.barriers.wait("dirty bit before unaccounted clusters")
+
+    def _changed_tables(self) -> set[int]:
+        """The L1 entries that are about to change on disk, themselves or in their tables."""
+        per_table = self.tables.slices_per_table
+        changed = {number // per_table for number in self.tables.cache.dirty_keys()}
+        return changed | self._dirty_l1
+
+    def _record_tables(self) -> None:
+        """No table changes durably before the record of a dirty image names it."""
+        if self._record is None or not self.header.recorded:
+            return
+        tables = self._changed_tables()
+        if not self._record.covers(tables):
+            self.give_up_record()
+        elif self._record.add(tables):
+            self.barriers.pending = True
+            self.barriers.wait("record of dirty tables before tables")
+
+    def give_up_record(self) -> None:
+        """Let the repair after a crash look at everything. To be called before references come
+        about that the record does not describe: from other trees than the active one, or to
+        clusters that were in use before (docs/adr/0013). It is not begun again before the image is
+        opened anew."""
+        self._record = None
+        if self.header.recorded:
+            self.header.drop_record()
+            self.barriers.pending = True
+            self.barriers.wait("record of dirty tables given up")
 
     @property
     def _is_dirty(self) -> bool:
@@ -338,10 +380,6 @@ class WriteState:
             return
         if self.lazy:
             self.barriers.wait("data before tables")
-        if self.before_l2 is not None:
-            per_table = self.tables.slices_per_table
-            keys = self.tables.cache.dirty_keys()
-            self.before_l2(sorted({number // per_table for number in keys}))
         self.tables.cache.store(self.tables.place)
         self.barriers.pending = True
         if self._dirty_l1 or self._moved_l1:
@@ -403,7 +441,7 @@ class WriteState:
         """End of lazy refcounts: count all there is to count, then take the promise back."""
         self.store_refcounts()
         self.barriers.wait("refcounts before the dirty bit is cleared")
-        self.header.set_incompatible(Incompatible.DIRTY, on=False)
+        self.header.set_dirty(on=False)
         self.barriers.pending = True
         self.barriers.wait("dirty bit cleared")
 
@@ -429,3 +467,11 @@ class WriteState:
             with contextlib.suppress(StorageError):
                 self.header.set_incompatible(Incompatible.CORRUPT, on=True)
                 self.storage.flush()
+
+
+def _choose_lazy(metadata: Qcow2Metadata, options: OpenOptions) -> bool:
+    """Whether refcounts are put off. Raises RequestError where the header has no dirty bit."""
+    wanted = options.lazy_refcounts
+    if wanted and metadata.header.version < 3:
+        raise RequestError("lazy-refcounts=on needs compat=1.1, found compat=0.10")
+    return metadata.lazy_refcounts if wanted is None else wanted
