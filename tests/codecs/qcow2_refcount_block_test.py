@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowkit.codecs.qcow2.refcount_block import (
+    BadCount,
+    add_to_refcounts,
+    add_to_scattered,
     count_used,
     decode_refcounts,
     encode_refcounts,
+    find_free,
+    last_used,
+    read_count,
     view_refcounts,
 )
 from qcowkit.errors import RequestError
@@ -57,3 +67,133 @@ def test_a_count_that_does_not_fit_is_refused(order: int) -> None:
 
 def test_no_counts_are_no_bytes() -> None:
     assert encode_refcounts(np.zeros(0, dtype=np.uint64), 4) == b""
+
+
+# Counts that change, against a list of integers.
+
+COUNT = 64
+
+
+def limit_of(order: int) -> int:
+    return (1 << (1 << order)) - 1
+
+
+@st.composite
+def blocks(draw: Any) -> tuple[int, list[int]]:
+    """A width and the counts of a block, often at the edges of what it can hold."""
+    order = draw(st.integers(0, 6))
+    most = limit_of(order)
+    edges = st.sampled_from(sorted({0, 1, most - 1, most}))
+    some = st.one_of(edges, st.integers(0, most))
+    return order, draw(st.lists(some, min_size=COUNT, max_size=COUNT))
+
+
+def encoded(order: int, counts: list[int]) -> bytearray:
+    return bytearray(encode_refcounts(np.array(counts, dtype=np.uint64), order))
+
+
+def change(counts: list[int], entries: list[int], delta: int, most: int) -> list[int] | int:
+    """The counts afterwards, or the first entry that cannot change so."""
+    after = list(counts)
+    for entry in entries:
+        after[entry] += delta
+    bad = [entry for entry in sorted(set(entries)) if not 0 <= after[entry] <= most]
+    return bad[0] if bad else after
+
+
+def judge_change(
+    raw: bytearray,
+    order: int,
+    counts: list[int],
+    entries: list[int],
+    delta: int,
+    act: Callable[[], npt.NDArray[np.intp]],
+) -> None:
+    """`act` does to the block what `change` does to the list."""
+    expected = change(counts, entries, delta, limit_of(order))
+    if isinstance(expected, int):
+        with pytest.raises(BadCount) as caught:
+            act()
+        assert (caught.value.index, caught.value.found) == (expected, counts[expected])
+        assert raw == encoded(order, counts)
+        return
+    zeros = act()
+    assert decode_refcounts(raw, order).tolist() == expected
+    fallen = [entry for entry in sorted(set(entries)) if not expected[entry]]
+    assert zeros.tolist() == (fallen if delta < 0 else [])
+
+
+@given(
+    block=blocks(),
+    first=st.integers(0, COUNT - 1),
+    count=st.integers(1, COUNT),
+    delta=st.sampled_from([1, -1]),
+)
+def test_a_run_of_counts_changes_as_a_list_would(
+    block: tuple[int, list[int]], first: int, count: int, delta: int
+) -> None:
+    order, counts = block
+    count = min(count, COUNT - first)
+    raw = encoded(order, counts)
+    judge_change(
+        raw,
+        order,
+        counts,
+        list(range(first, first + count)),
+        delta,
+        lambda: add_to_refcounts(raw, order, first=first, count=count, delta=delta),
+    )
+
+
+@given(
+    block=blocks(),
+    entries=st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=12),
+    delta=st.sampled_from([1, -1]),
+)
+def test_scattered_counts_change_as_a_list_would(
+    block: tuple[int, list[int]], entries: list[int], delta: int
+) -> None:
+    order, counts = block
+    entries = sorted(entries)
+    raw = encoded(order, counts)
+    judge_change(
+        raw,
+        order,
+        counts,
+        entries,
+        delta,
+        lambda: add_to_scattered(raw, order, entries=np.array(entries, np.intp), delta=delta),
+    )
+
+
+@given(block=blocks(), first=st.integers(0, COUNT - 1))
+def test_the_first_run_of_free_entries_is_found(block: tuple[int, list[int]], first: int) -> None:
+    order, counts = block
+    found, count = find_free(encoded(order, counts), order, first=first)
+    free = [entry for entry in range(first, COUNT) if not counts[entry]]
+    if not free:
+        assert count == 0
+        return
+    assert found == free[0]
+    assert not any(counts[found : found + count])
+    assert found + count == COUNT or counts[found + count]
+
+
+@given(block=blocks(), keep=st.integers(0, COUNT))
+def test_the_last_entry_in_use_is_found(block: tuple[int, list[int]], keep: int) -> None:
+    order, counts = block
+    counts = counts[:keep] + [0] * (COUNT - keep)
+    used = [entry for entry, count in enumerate(counts) if count]
+    assert last_used(encoded(order, counts), order) == max(used, default=-1)
+
+
+@given(block=blocks())
+def test_one_entry_is_read_as_all_are(block: tuple[int, list[int]]) -> None:
+    order, counts = block
+    raw = encoded(order, counts)
+    assert [read_count(raw, order, entry) for entry in range(COUNT)] == counts
+
+
+def test_a_count_that_cannot_change_is_told_with_its_place() -> None:
+    error = BadCount(7, found=0, delta=-1)
+    assert str(error) == "refcount 0 of entry 7 cannot change by -1"

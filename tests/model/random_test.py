@@ -55,18 +55,14 @@ class Chance:
             scale=noise.choice((0, 0, 0, 1, 1, 2)),
             unit=noise.choice((0, 1, 2, 3, 3)),
         )
-        more = {
-            "write": lambda: {"seed": noise.getrandbits(16)},
-            "write_compressed": lambda: {
-                "seed": noise.getrandbits(16),
-                "discard": noise.random() < 0.6,
-            },
-            "write_zeroes": lambda: {
-                "unmap": noise.random() < 0.5,
-                "fallback": noise.random() < 0.7,
-            },
-        }.get(name, dict)
-        getattr(driver, name)(offset=offset, length=length, **more())
+        more: dict[str, int | bool] = {}
+        if name.startswith("write"):
+            more["seed"] = noise.getrandbits(16)
+        if name == "write_compressed":
+            more["discard"] = noise.random() < 0.6
+        if name == "write_zeroes":
+            more = {"unmap": noise.random() < 0.5, "fallback": noise.random() < 0.7}
+        getattr(driver, name)(offset=offset, length=length, **more)
 
     def _resize(self) -> None:
         kind, noise = self.driver.kind, self.noise
