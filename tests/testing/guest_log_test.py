@@ -12,7 +12,9 @@ from qcowkit.testing.stamps import make_stamps
 OLD, BELOW = 2, 4
 
 
-def log_of(*, size: int = 4, capacity: int = 8, backing: int = 0) -> GuestLog:
+def log_of(
+    *, size: int = 4, capacity: int = 8, backing: int = 0, durable_sizes: bool = False
+) -> GuestLog:
     ticks = itertools.count(1)
     return GuestLog(
         lambda: next(ticks),
@@ -20,6 +22,7 @@ def log_of(*, size: int = 4, capacity: int = 8, backing: int = 0) -> GuestLog:
         limit=16,
         initial=sector_values(size, [(0, size, OLD)]),
         backing=sector_values(backing, [(0, backing, BELOW)]),
+        durable_sizes=durable_sizes,
     )
 
 
@@ -33,7 +36,7 @@ def flush(log: GuestLog) -> None:
 
 def allowed(log: GuestLog, sector: int, moment: int | None = None) -> list[int]:
     moment = log.marks[-1] if moment is None else moment
-    return [int(value) for value in np.flatnonzero(log.allowed(moment).values[sector])]
+    return [int(value) for value in np.flatnonzero(log.allowed(moment).values[sector, :-1])]
 
 
 def disk(*values: int) -> bytes:
@@ -96,6 +99,20 @@ def test_a_write_that_failed_may_be_there_ever_after() -> None:
     assert allowed(log, 0) == [8]
 
 
+def test_a_write_that_failed_may_have_been_cut_within_a_sector() -> None:
+    log = log_of(size=1)
+    log.fail(log.begin_write(start=0, stop=1, value=6))
+    flush(log)
+    torn = disk(6)[:100] + disk(OLD)[100:]
+    moment = log.marks[-1]
+    assert log.judge(torn, first=moment, last=moment) == []
+    assert log.judge(disk(6)[:100] + disk(8)[100:], first=moment, last=moment) != []
+    write(log, 0, 1, 8)
+    flush(log)
+    moment = log.marks[-1]
+    assert log.judge(torn, first=moment, last=moment) != []
+
+
 def test_a_refused_operation_leaves_no_trace() -> None:
     log = log_of()
     log.withdraw(log.begin_write(start=0, stop=1, value=6))
@@ -154,6 +171,17 @@ def test_a_disk_that_shrank_and_grew_holds_zeros_where_it_had_been_cut() -> None
     flush(log)
     assert (allowed(log, 1), allowed(log, 2)) == ([OLD], [0])
     assert log.size == 4
+
+
+def test_a_new_size_can_be_promised_to_last_when_it_is_acknowledged() -> None:
+    log = log_of(durable_sizes=True)
+    write(log, 0, 1, 6)
+    resize = log.begin_resize(6)
+    assert log.allowed(resize.begun).sizes == {4, 6}
+    log.acknowledge(resize)
+    assert log.allowed(log.marks[-1]).sizes == {6}
+    # All of it is one flush.
+    assert allowed(log, 0) == [6]
 
 
 def test_a_wrong_size_is_told() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qcowkit.budget import TRUSTED
+from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
 from qcowkit.image.chain import Chain
 from qcowkit.image.lineage import Layer
@@ -34,7 +35,8 @@ class DiskKind:
     format: raw, qcow2 or vpc. options: of its creation. capacity: the largest size it may get, its
     own size if 0. backing: of the raw file below, 0 for none. filled: written and flushed before
     the journal begins, so that a run starts close to a growth. data_file: guest data lie in a
-    second file. open_options: of every opening for writing. discard_clears: see `CrashFiles`."""
+    second file. open_options: of every opening for writing. discard_clears: see `CrashFiles`.
+    autoclear: feature bits of a program that nobody knows, set in the header at the start."""
 
     name: str
     format: str = "qcow2"
@@ -46,6 +48,7 @@ class DiskKind:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     open_options: OpenOptions = DEFAULT_OPTIONS
     discard_clears: bool = True
+    autoclear: int = 0
 
     @property
     def cluster_size(self) -> int:
@@ -91,6 +94,9 @@ class DiskKind:
             data.truncate(self.size)
         if self.filled:
             self._fill(files)
+        if self.autoclear:
+            place = FIELD_OFFSETS["autoclear_features"]
+            files.open().pwrite([self.autoclear.to_bytes(8, "big")], offset=place)
         files.begin()
         return files
 

@@ -32,6 +32,8 @@ USUAL: Mapping[str, int] = {
     "resize": 4,
     "reopen": 4,
 }
+# Sectors of a long request where clusters are small.
+_LONG = 32
 
 
 class Crashable(Protocol):
@@ -135,6 +137,7 @@ class Guest:
             limit=max(last, 8) + 2 * plan.operations + 4,
             initial=initial,
             backing=disk.backing_values(),
+            durable_sizes=disk.format == "qcow2",
         )
         self._names = [name for name in plan.weights if self._can(name)]
         self._weights = [plan.weights[name] for name in self._names]
@@ -230,8 +233,9 @@ class Guest:
     def _range(self, *, aligned: bool = False) -> tuple[int, int]:
         """Sectors [start, stop) within the disk: short or long, at the edges of clusters or not."""
         noise, size, cluster = self.noise, self.log.size, self._per_cluster
-        longest = self.plan.longest or max(8, min(size // 4, 8 * cluster))
-        length = noise.choice((1, noise.randint(1, cluster), cluster, noise.randint(1, longest)))
+        longest = self.plan.longest or max(8, min(size // 4, max(_LONG, 4 * cluster)))
+        shorts = 1, noise.randint(1, 2 * cluster), cluster
+        length = noise.choice((*shorts, noise.randint(1, longest), noise.randint(1, longest)))
         start = noise.randrange(size)
         if aligned or noise.random() < 0.4:
             start -= start % cluster

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qcowkit.testing.stamps import FOREIGN, describe_sector, read_stamps
+from qcowkit.testing.stamps import FOREIGN, describe_sector, make_stamps, read_stamps
 from qcowkit.units import SECTOR
 
 Int64Array = npt.NDArray[np.int64]
@@ -64,7 +64,8 @@ class GuestOperation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowed:
-    """What the disk may be at a moment. values: sector by value, true for what it may hold.
+    """What the disk may be at a moment. values: sector by value, true for what it may hold; true
+    in the last column for a sector that may be a mixture of these, since a write to it failed.
     sizes: of the disk, in sectors."""
 
     values: BoolArray
@@ -79,14 +80,30 @@ class Allowed:
             sizes = ", ".join(str(size) for size in sorted(self.sizes))
             return [f"the disk has {count} sectors, expected one of {sizes}"]
         found = read_stamps(content) if found is None else found
-        known = (found >= 0) & (found < self.values.shape[1])
+        known = (found >= 0) & (found < self.values.shape[1] - 1)
         fine = known & self.values[np.arange(count), np.where(known, found, 0)]
-        return [self._complain(int(index), content) for index in np.flatnonzero(~fine)]
+        return [
+            complaint
+            for index in np.flatnonzero(~fine).tolist()
+            if (complaint := self._complain(index, content[index * SECTOR : (index + 1) * SECTOR]))
+        ]
 
-    def _complain(self, index: int, content: bytes) -> str:
-        sector = content[index * SECTOR : (index + 1) * SECTOR]
-        values = ", ".join(str(value) for value in np.flatnonzero(self.values[index]))
-        return f"sector {index} holds {describe_sector(sector)}, expected value {values or 'none'}"
+    def _complain(self, index: int, sector: bytes) -> str:
+        values = np.flatnonzero(self.values[index, :-1]).tolist()
+        if self.values[index, -1] and _is_mixture(sector, index, values):
+            return ""
+        expected = ", ".join(str(value) for value in values) or "none"
+        return f"sector {index} holds {describe_sector(sector)}, expected value {expected}"
+
+
+def _is_mixture(sector: bytes, index: int, values: Sequence[int]) -> bool:
+    """Whether each byte is that of one of the values."""
+    found = np.frombuffer(sector, dtype=np.uint8)
+    fine = np.zeros(SECTOR, dtype=np.bool_)
+    for value in values:
+        stamp = make_stamps(first=index, count=1, value=value) if value else bytes(SECTOR)
+        fine |= found == np.frombuffer(stamp, dtype=np.uint8)
+    return bool(fine.all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +127,21 @@ class GuestLog:
         limit: int,
         initial: Int64Array,
         backing: Int64Array | None = None,
+        durable_sizes: bool = False,
     ) -> None:
         """clock: the next moment. capacity: sectors of the largest size that the disk will have.
         limit: values are below this. initial: values at the start, whose count is the disk's size.
-        backing: values of what lies below."""
+        backing: values of what lies below. durable_sizes: a new size is promised to be durable
+        when the resize returns, as if the disk had been flushed."""
         self._clock = clock
+        self._durable_sizes = durable_sizes
         self._limit = limit
         self._backing = np.zeros(0, dtype=np.int64) if backing is None else backing
         self._size = len(initial)
         self._last_value = int(max(initial.max(initial=0), self._backing.max(initial=0)))
         self._known: dict[int, Allowed] = {}
         self.operations: list[GuestOperation] = []
-        values = np.zeros((capacity, limit), dtype=np.bool_)
+        values = np.zeros((capacity, limit + 1), dtype=np.bool_)
         values[np.arange(len(initial)), initial] = True
         values[len(initial) :, 0] = True
         sizes = frozenset([self._size])
@@ -187,15 +207,17 @@ class GuestLog:
     def acknowledge(self, operation: GuestOperation) -> None:
         """It returned without an error."""
         operation.done = self._clock()
+        position = self.operations.index(operation)
         if operation.size is not None:
             self._size = operation.size
+            if self._durable_sizes:
+                self._stable.append(self._fold(position + 1, moment=operation.done))
         if operation.kind == "flush":
-            position = self.operations.index(operation)
             self._stable.append(self._fold(position, moment=operation.done))
 
     def fail(self, operation: GuestOperation, *, size: int | None = None) -> None:
-        """It raised: it may have happened, in part, or not at all. size: sectors that the disk
-        says it has now."""
+        """It raised: it may have happened, in part, even of a sector, or not at all. size: sectors
+        that the disk says it has now."""
         operation.done = self._clock()
         operation.failed = True
         self._size = self._size if size is None else size
@@ -267,6 +289,7 @@ def _admit(values: BoolArray, sizes: set[int], operation: GuestOperation) -> Non
     rows = values[operation.start : operation.stop]
     if operation.value is not None:
         rows[:, operation.value] = True
+        rows[:, -1] |= operation.failed
     if operation.also is not None:
         rows[np.arange(len(rows)), operation.also] = True
     if operation.size is not None:
@@ -277,8 +300,10 @@ def _enforce(values: BoolArray, sizes: set[int], operation: GuestOperation) -> N
     """What it does has happened."""
     rows = values[operation.start : operation.stop]
     if operation.observed is not None:
-        rows[:] = False
-        rows[np.arange(len(rows)), operation.observed] = True
+        # A mixture has no value, and stays one.
+        known = np.flatnonzero(operation.observed >= 0)
+        rows[known] = False
+        rows[known, operation.observed[known]] = True
     elif operation.value is not None:
         if not operation.keeps:
             rows[:] = False
