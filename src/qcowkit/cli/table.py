@@ -66,6 +66,8 @@ VERBS = (
     Verb(name="create", summary="make a new, empty image"),
     Verb(name="resize", summary="change the size of a disk in place"),
     Verb(name="dd", summary="copy a part of a disk"),
+    Verb(name="bench", summary="time the requests of one size that a disk answers"),
+    _own("io", "read, write and look with the command language of qemu-io"),
     _own("headers", "list the allocated clusters as JSON"),
     _own("inspect", "judge whether a file of a stranger is safe to use"),
     _own("completion", "print the completion script of a shell"),
