@@ -33,7 +33,7 @@ def story(rig: Rig) -> list[str]:
     names.update({block // size: "refcount block" for block in blocks})
     tables = [int(word) & 0xFF_FFFF_FFFF_FE00 for word in state.tables.l1]
     names.update({table // size: "L2" for table in tables if table})
-    told = []
+    told: list[str] = []
     for call in rig.file.of("pwrite", "flush", "discard", "truncate"):
         name = call.operation
         if name == "pwrite":
@@ -172,7 +172,7 @@ def test_data_of_an_external_file_are_durable_before_the_table_that_shows_them()
     rig = Rig(data_file_name="data")
     order: list[str] = []
     for name, storage in (("image", rig.file), ("data", rig.data)):
-        storage.calls = Log(order, name)  # type: ignore[assignment]
+        storage.calls = Log(order, name)
     rig.chain.write(GUEST, offset=0)
     rig.chain.flush()
     durable = ["data flush", "image flush"]

@@ -84,7 +84,8 @@ class SmallWriter:
             begin = 0
         buffers: tuple[memoryview | bytes | bytearray, ...] = (data,)
         below = self._old.below
-        if below is not None and start + begin < below.size:
+        whole = len(data) == end - begin
+        if below is not None and not whole and start + begin < below.size:
             if start + end > below.size or end - begin > len(data) * 32 + 65536:
                 return False
             try:
