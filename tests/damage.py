@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,22 +27,30 @@ COPIED = 1 << 63
 COMPRESSED = 1 << 62
 OFFSET = 0xFF_FFFF_FFFF_FE00
 
+
+def packed(content: bytes) -> Compressed:
+    """A compressed cluster of any size up to 64 KiB that begins with `content`."""
+    deflate = zlib.compressobj(wbits=-12)
+    return Compressed(payload=deflate.compress(content.ljust(64 * KiB, b"\0")) + deflate.flush())
+
+
 CLUSTERS: dict[int, Cluster] = {
     0: b"zero",
     1: b"one",
     2: Zero(payload=b"old"),
-    3: Compressed(payload=bytes(range(256)) * 3),
-    4: Compressed(payload=b"second" * 100),
+    3: packed(random.Random(3).randbytes(700)),
+    4: packed(b"second" * 100),
     5: Zero(),
     9: b"nine",
 }
+
 EXTENDED_CLUSTERS: dict[int, Cluster] = {
     0: b"zero",
     1: Data(payload=b"one", bitmap=0xFF),
     2: Zero(payload=b"old"),
     3: Zero(),
     4: Data(payload=b"", bitmap=0),
-    5: Compressed(payload=bytes(700)),
+    5: packed(b"five"),
 }
 
 

@@ -116,7 +116,7 @@ def test_vhd_is_another_name_of_vpc() -> None:
         (["info", "-f", "vmdk", "a"], "argument -f/--format: unknown format 'vmdk'"),
         (["map", "-s", "many", "a"], "argument -s/--start-offset: size 'many' is not a number"),
         (["check", "--output=xml", "a"], "argument --output: invalid choice: 'xml'"),
-        (["check", "-r", "all", "a"], "-r: repairing is not supported yet"),
+        (["check", "-r", "some", "a"], "argument -r/--repair: invalid choice: 'some'"),
         (["convert", "--bitmaps", "a", "b"], "--bitmaps: copying bitmaps is not supported yet"),
         (["convert", "-T", "fast", "a", "b"], "argument -T: invalid choice: 'fast'"),
     ],

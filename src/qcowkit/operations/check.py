@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.engine.findings import Effort, Finding, FindingLog, Severity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
-from qcowkit.engine.qcow2.recount import recount
+from qcowkit.engine.qcow2.recount import Statistics, recount
+from qcowkit.engine.qcow2.repair_snapshots import load_for_repair
 from qcowkit.engine.vhd.audit import audit_vhd
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import UnsupportedFeature
@@ -46,14 +47,17 @@ class Verdict(Enum):
 class CheckResult:
     """What a check found. Clusters are counted of the active disk; of a VHD they are its blocks.
 
-    image_end_offset: bytes of the file up to the last one in use. findings: errors, corruptions
-    and leaks, the first thousand of each. notes: what explains them, one line each."""
+    image_end_offset: bytes of the file up to the last one in use. *_fixed: what a repair before
+    the check has put right. findings: errors, corruptions and leaks, the first thousand of each.
+    notes: what explains them, one line each."""
 
     filename: str
     format: str
     check_errors: int = 0
     corruptions: int = 0
     leaks: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
     image_end_offset: int = 0
     total_clusters: int = 0
     allocated_clusters: int = 0
@@ -77,6 +81,8 @@ class CheckResult:
             "image-end-offset": self.image_end_offset,
             "corruptions": self.corruptions,
             "leaks": self.leaks,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
             "total-clusters": self.total_clusters,
             "allocated-clusters": self.allocated_clusters,
             "fragmented-clusters": self.fragmented_clusters,
@@ -89,9 +95,11 @@ class CheckResult:
         }
         return always | {name: value for name, value in optional.items() if value}
 
-    def render(self) -> Iterator[str]:
-        """Lines to read, without line ends: the verdict, what was found, statistics."""
-        yield f"{self.filename}: {_SENTENCES[self.verdict]}"
+    def render(self, *, title: str | None = None) -> Iterator[str]:
+        """Lines to read, without line ends: the verdict, what was found, statistics.
+
+        title: what the first line begins with, the name of the image if None."""
+        yield f"{title or self.filename}: {_SENTENCES[self.verdict]}"
         for severity, count in (
             (Severity.ERROR, self.check_errors),
             (Severity.CORRUPTION, self.corruptions),
@@ -145,13 +153,15 @@ def open_for_check(
     format: str | None = None,
     budget: Budget = TRUSTED,
     writable: bool = False,
+    for_repair: bool = False,
     locking: LockMode = "auto",
     force_share: bool = False,
 ) -> Layer:
     """The image file alone; nothing that it names is opened. The caller closes its storage.
 
     A missing refcount table is let through, since a check reports it. format: probed if None.
-    writable: to be repaired. locking, force_share: as for `open_layers`. Raises any QcowkitError;
+    writable: to be repaired. for_repair: let a snapshot table through that only a repair of
+    everything can read. locking, force_share: as for `open_layers`. Raises any QcowkitError;
     nothing stays open, and `source` is taken over if it is a storage."""
     storage = (
         FileStorage.open(source, writable=writable)
@@ -163,7 +173,11 @@ def open_for_check(
         found = probe_format(storage) if format is None else canonical_format(format)
         metadata: Metadata
         if found == "qcow2":
-            metadata = load_qcow2_metadata(storage, budget=budget, for_check=True)
+            metadata = (
+                load_for_repair(storage, budget=budget)[0]
+                if for_repair
+                else load_qcow2_metadata(storage, budget=budget, for_check=True)
+            )
         else:
             metadata = load_metadata(storage, found, budget=budget)
     except BaseException:
@@ -191,21 +205,26 @@ def check_image(
     Nothing is written. Raises UnsupportedFeature for a raw disk, OperationError where the image is
     too complex for its size, StorageError and CorruptMetadata for what no check can do without,
     and Cancelled. Reliability reference, rows 20 and 36 to 42; specification, "Refcounts"."""
-    storage, metadata = layer.storage, layer.metadata
-    filename = storage.name if layer.path is None else str(layer.path)
+    storage, metadata, filename = layer.storage, layer.metadata, image_name(layer)
     effort = Effort(stored=storage.allocated(), progress=progress, cancel=cancel)
     log = FindingLog()
     if isinstance(metadata, Qcow2Metadata):
-        return _check_qcow2(storage, metadata, filename, log, effort)
+        statistics = recount(storage, metadata, log=log, effort=effort)
+        return describe_qcow2(filename, metadata, log, statistics)
     if isinstance(metadata, VhdMetadata):
         return _check_vhd(storage, metadata, filename, log, effort)
     raise UnsupportedFeature("check", reason="a raw disk has no metadata that could be checked")
 
 
-def _check_qcow2(
-    storage: Storage, metadata: Qcow2Metadata, filename: str, log: FindingLog, effort: Effort
+def image_name(layer: Layer) -> str:
+    """What messages call the image of a layer."""
+    return layer.storage.name if layer.path is None else str(layer.path)
+
+
+def describe_qcow2(
+    filename: str, metadata: Qcow2Metadata, log: FindingLog, statistics: Statistics
 ) -> CheckResult:
-    statistics = recount(storage, metadata, log=log, effort=effort)
+    """The result of a recount."""
     notes = []
     if metadata.dirty:
         notes.append("the dirty bit is set: refcounts may be stale, which a repair puts right")
