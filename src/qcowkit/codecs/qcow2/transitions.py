@@ -141,6 +141,11 @@ def compressed(entries: Uint64Array) -> BoolArray:
     return mask
 
 
+def mark_copied(entries: Uint64Array, where: Int64Array, copied: BoolArray) -> None:
+    """Set or clear COPIED of the entries at the indices `where`, as `copied` says; both (n,)."""
+    entries[where] = np.where(copied, entries[where] | _COPIED, entries[where] & ~_COPIED)
+
+
 def link_data(
     entries: Uint64Array, bitmaps: Uint64Array | None, *, host: int, cluster_size: int
 ) -> None:

@@ -21,6 +21,7 @@ from qcowkit.codecs.qcow2.entries import (
     EntryRules,
     Uint64Array,
 )
+from qcowkit.errors import CorruptMetadata
 from qcowkit.extents.table import Int64Array
 
 BoolArray = npt.NDArray[np.bool_]
@@ -36,6 +37,22 @@ class Reporter(Protocol):
 
 def ignore_faults(where: Int64Array, values: Int64Array, text: str) -> None:
     """The reporter of those who have reported already."""
+
+
+def raise_fault(tables: Int64Array, *, per_table: int) -> Reporter:
+    """A reporter that raises CorruptMetadata for the first fault: for those who act on entries.
+
+    tables: host offsets of the tables of a batch, in the order of their entries."""
+
+    def report(where: Int64Array, values: Int64Array, text: str) -> None:
+        if len(where):
+            table, index = divmod(int(where[0]), per_table)
+            reason = text.format(int(values[0]))
+            raise CorruptMetadata(
+                "L2 table", host_offset=int(tables[table]), index=index, reason=reason
+            )
+
+    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
