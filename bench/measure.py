@@ -19,6 +19,7 @@ from typing import Any
 
 PACKAGES = ("qcowkit", "numpy", "isal", "zlib-ng", "zstandard")
 _LAST_WORDS = 300
+_MOST_WORDS = 40
 
 
 class CommandFailed(Exception):
@@ -87,16 +88,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C.UTF-8"}
 
 
-def run_once(argv: Sequence[str], *, expected: int = 0, output: Path | None = None) -> Run:
-    """Run a command, its standard output discarded. Raises CommandFailed with its last words.
+def run_once(
+    argv: Sequence[str],
+    *,
+    expected: int = 0,
+    output: Path | None = None,
+    clock: Callable[[str], float] | None = None,
+) -> Run:
+    """Run a command. Raises CommandFailed with its last words.
 
-    output: the file that it writes, whose size is noted."""
-    with tempfile.TemporaryFile() as errors:
+    output: the file that it writes, whose size is noted. clock: the seconds that are to count, from
+    what the command printed, which is discarded otherwise; ValueError from it becomes a failure."""
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
         begun = time.perf_counter()
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if clock is None else printed,
             stderr=errors,
             env=environment(),
         )
@@ -111,6 +119,9 @@ def run_once(argv: Sequence[str], *, expected: int = 0, output: Path | None = No
         if code != expected:
             errors.seek(0)
             raise CommandFailed(_failure(argv, code, errors.read(), expected=expected))
+        if clock is not None:
+            printed.seek(0)
+            wall = _read_clock(argv, clock, printed.read())
     return Run(
         wall=wall,
         user=usage.ru_utime,
@@ -129,10 +140,17 @@ def run_quietly(*argv: str | os.PathLike[str], expected: int = 0) -> str:
     return done.stdout.decode(errors="replace")
 
 
+def _read_clock(argv: Sequence[str], clock: Callable[[str], float], printed: bytes) -> float:
+    try:
+        return clock(printed.decode(errors="replace"))
+    except ValueError as error:
+        raise CommandFailed(f"{' '.join(argv[:_MOST_WORDS])}: {error}") from error
+
+
 def _failure(
     argv: Sequence[str | os.PathLike[str]], code: int, words: bytes, *, expected: int
 ) -> str:
-    line = " ".join(map(str, argv))
+    line = " ".join(map(str, argv[:_MOST_WORDS]))
     last = words.decode(errors="replace").strip()[-_LAST_WORDS:]
     return f"{line}: exit code {code}, expected {expected}: {last or 'no message'}"
 

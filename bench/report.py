@@ -11,8 +11,17 @@ END = "<!-- bench:end -->"
 MB = 1_000_000
 
 Result = Mapping[str, Any]
-Line = tuple[str, str, str, str, str, str]
+Line = tuple[str, ...]
 _HEAD: Line = ("", "qemu-img", "qcow", "ratio", "goal", "reached")
+_REQUESTS_HEAD: Line = (
+    "requests a second",
+    "qemu-img bench",
+    "qcow bench",
+    "library",
+    "ratio",
+    "goal",
+    "reached",
+)
 
 
 def splice(readme: str, text: str) -> str:
@@ -29,16 +38,24 @@ def splice(readme: str, text: str) -> str:
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """What goes between the markers: the machine, the table, how to read it."""
-    rows = document["rows"]
-    lines = [_machine_line(document), "", *table(_lines(rows)), "", _legend(document)]
+    """What goes between the markers: the machine, the tables, how to read them."""
+    requests = [row for row in document["rows"] if _is_about_requests(row)]
+    commands = [row for row in document["rows"] if not _is_about_requests(row)]
+    lines = [_machine_line(document), ""]
+    if commands:
+        lines += [*table(_HEAD, _lines(commands)), ""]
+    if requests:
+        lines += [*table(_REQUESTS_HEAD, map(_request_line, requests)), ""]
+    lines.append(_legend(document))
+    if requests:
+        lines += ["", _REQUESTS_LEGEND]
     return "\n".join(lines) + "\n"
 
 
-def table(lines: Iterable[Line]) -> list[str]:
+def table(head: Line, lines: Iterable[Line]) -> list[str]:
     """A Markdown table: the first and the last column to the left, numbers to the right."""
-    body = ["| " + " | ".join(line) + " |" for line in (_HEAD, *lines)]
-    return [body[0], "|---|---:|---:|---:|---:|---|", *body[1:]]
+    body = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+    return [body[0], f"|---|{'---:|' * (len(head) - 2)}---|", *body[1:]]
 
 
 def _lines(rows: Sequence[Result]) -> Iterator[Line]:
@@ -90,18 +107,46 @@ def _is_measured(row: Result) -> bool:
     return not row["failed"] and not row["skipped"]
 
 
+def _is_about_requests(row: Result) -> bool:
+    # Results that were kept before there were such rows lack the key.
+    return "requests" in row
+
+
 def _time_line(row: Result) -> Line:
-    goal = "" if row["goal"] is None else f"{row['goal']:g}"
-    if row["skipped"]:
-        return row["title"], "", "", "", goal, f"not measured: {_cell(row['skipped'])}"
-    if row["failed"]:
-        return row["title"], "", "", "", goal, "**no**: the run failed"
+    if not _is_measured(row):
+        return row["title"], "", "", "", *_verdict(row)
     peer = seconds(_median(row["peer"]))
     if row["peer_command"][0] != "qemu-img":
         peer += " (Python alone)"
-    reached = "" if row["goal"] is None else _yes(row["ratio"] >= row["goal"])
     ours = seconds(_median(row["ours"]))
-    return row["title"], peer, ours, f"{row['ratio']:.2f}", goal, reached
+    return row["title"], peer, ours, f"{row['ratio']:.2f}", *_verdict(row)
+
+
+def _request_line(row: Result) -> Line:
+    if not _is_measured(row):
+        return row["title"], "", "", "", "", *_verdict(row)
+    peer, ours, api = (_speed(row, side) for side in ("peer", "ours", "api"))
+    if row["peer_label"]:
+        peer += f" ({row['peer_label']})"
+    return row["title"], peer, ours, api, f"{row['ratio']:.2f}", *_verdict(row)
+
+
+def _verdict(row: Result) -> tuple[str, str]:
+    """The goal, and whether it was reached."""
+    goal = "" if row["goal"] is None else f"{row['goal']:g}"
+    if row["skipped"]:
+        return goal, f"not measured: {_cell(row['skipped'])}"
+    if row["failed"]:
+        return goal, "**no**: the run failed"
+    return goal, "" if row["goal"] is None else _yes(row["ratio"] >= row["goal"])
+
+
+def _speed(row: Result, side: str) -> str:
+    """Requests a second; the time of a single one; empty for a side that was not measured."""
+    if not row[side]:
+        return ""
+    taken = _median(row[side])
+    return seconds(taken) if row["requests"] == 1 else rate(row["requests"] / max(taken, 1e-9))
 
 
 def _size_line(row: Result) -> Line:
@@ -155,6 +200,13 @@ def _legend(document: Mapping[str, Any]) -> str:
     )
 
 
+_REQUESTS_LEGEND = (
+    "Requests are timed without the start of the tools, as these report it: 4 KiB unless said "
+    "otherwise, one thread, on qemu's side 64 under way. Library: the same loop in a program, with "
+    "a flush at the end. What was written was read back by qemu-io."
+)
+
+
 def _short(version: str) -> str:
     return version.removeprefix("version ").partition(" ")[0]
 
@@ -169,6 +221,13 @@ def seconds(value: float) -> str:
     if value >= 1:
         return f"{value:.{2 if value < 10 else 1}f} s"
     return f"{value * 1000:.{0 if value >= 0.1 else 1}f} ms"
+
+
+def rate(value: float) -> str:
+    """Two or three significant digits: `101 k`, `9.5 k`, `847`."""
+    if value >= 1000:
+        return f"{value / 1000:.{0 if value >= 99_950 else 1}f} k"
+    return f"{value:.{0 if value >= 9.95 else 1}f}"
 
 
 def _megabytes(value: float) -> str:

@@ -6,6 +6,7 @@ import fnmatch
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 # Goals in bytes: the peak memory of any convert; of check and map of a vast disk.
 CONVERT_MEMORY = 150_000_000
@@ -57,7 +58,22 @@ def fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
     return [word.format_map(dict(values)) for word in command]
 
 
-def select(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
+class Named(Protocol):
+    """What all kinds of rows have."""
+
+    @property
+    def name(self) -> str:
+        """By which it is chosen."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The names of the images that it shares with others."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Named)
+
+
+def select(rows: Iterable[AnyRow], patterns: Sequence[str]) -> list[AnyRow]:
     """The rows whose name matches any of the shell patterns; all without patterns.
 
     Raises ValueError for a pattern that matches none."""
@@ -73,7 +89,7 @@ def select(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
     ]
 
 
-def needed_later(rows: Sequence[Row]) -> list[set[str]]:
+def needed_later(rows: Sequence[Named]) -> list[set[str]]:
     """For each row, the images to keep once it is done.
 
     An image may be made from the raw one of its family, which stays as long as any of them."""

@@ -31,8 +31,11 @@ from bench.measure import (
     run_quietly,
 )
 from bench.report import MB, missed, peak, render, seconds, splice
+from bench.requests import RequestRow
 from bench.rows import ROWS, Row, fill, needed_later, select
+from bench.timing import time_requests
 from bench.volumes import NoVolume, mounted_xfs
+from bench.write_rows import REQUEST_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -40,6 +43,10 @@ README = ROOT / "README.md"
 # Not resolved: the interpreter of a virtual environment is a link.
 QCOW = Path(sys.executable).parent / "qcow"
 _BUSY = 0.3
+# Columns of the longest name of a row.
+_NAME = 18
+# A script on a command line can have thousands of words.
+_SHOWN_WORDS = 32
 _HINTS = ("make setup makes it", "Debian has it in qemu-utils; make setup-peers installs it")
 
 
@@ -51,10 +58,12 @@ class Session:
     library: Library
     pairs: int
 
-    def measure(self, row: Row, later: set[str]) -> dict[str, Any]:
+    def measure(self, row: Row | RequestRow, later: set[str]) -> dict[str, Any]:
         """A row's result as JSON; what cannot be measured says why. later: images to keep."""
         result = _described(row)
         try:
+            if isinstance(row, RequestRow):
+                return {**result, **self._measure_requests(row)}
             with ExitStack() as stack:
                 values = self._prepare(row, later, stack)
                 pairs = self._take_turns(row, values)
@@ -62,7 +71,14 @@ class Session:
             return {**result, "skipped": str(reason)}
         except (CommandFailed, OSError) as reason:
             return {**result, "failed": str(reason)}
-        return {**result, **_figures(row, pairs)}
+        sizes = None
+        if row.writes and "-c" in row.ours:
+            sizes = round(pair_ratio(pairs.ours, pairs.peer, lambda run: run.output or 0), 4)
+        return {**result, **_figures(pairs), "size_ratio": sizes}
+
+    def _measure_requests(self, row: RequestRow) -> dict[str, Any]:
+        pairs, api = time_requests(row, folder=self.folder, qcow=QCOW, pairs=self.pairs)
+        return {**_figures(pairs), "api": [run.as_json() for run in api]}
 
     def _prepare(self, row: Row, later: set[str], stack: ExitStack) -> dict[str, object]:
         """What the words of the commands stand for. Images lie where the row wants them."""
@@ -116,14 +132,18 @@ def _moved_in(path: Path, place: Path, *, allocated: bool) -> Path:
     return copy
 
 
-def _described(row: Row) -> dict[str, Any]:
+def _described(row: Row | RequestRow) -> dict[str, Any]:
     """All keys of a result; None where nothing is known yet."""
+    own: dict[str, Any] = {"size_limit": None, "memory_limit": None}
+    if isinstance(row, RequestRow):
+        own |= {"requests": row.count, "peer_label": row.peer_label, "api": []}
+    else:
+        own |= {"size_limit": row.size_limit, "memory_limit": row.memory_limit}
     return {
         "name": row.name,
         "title": row.title,
         "goal": row.goal,
-        "size_limit": row.size_limit,
-        "memory_limit": row.memory_limit,
+        **own,
         "peer_command": _words(row.peer),
         "command": _words(row.ours),
         "skipped": None,
@@ -138,17 +158,14 @@ def _described(row: Row) -> dict[str, Any]:
 
 def _words(command: Sequence[str]) -> list[str]:
     """A command for people: the project's own tools and the images by their names."""
-    return [word.replace("{", "").replace("}", "") for word in command]
+    shown = [word.replace("{", "").replace("}", "") for word in command[:_SHOWN_WORDS]]
+    return shown if len(command) <= _SHOWN_WORDS else [*shown, "..."]
 
 
-def _figures(row: Row, pairs: Pairs) -> dict[str, Any]:
-    sizes = None
-    if "-c" in row.ours:
-        sizes = round(pair_ratio(pairs.ours, pairs.peer, lambda run: run.output or 0), 4)
+def _figures(pairs: Pairs) -> dict[str, Any]:
     return {
         "ratio": round(pairs.ratio, 3),
         "cpu_ratio": round(pairs.cpu_ratio, 3),
-        "size_ratio": sizes,
         "peer": [run.as_json() for run in pairs.peer],
         "ours": [run.as_json() for run in pairs.ours],
     }
@@ -156,7 +173,7 @@ def _figures(row: Row, pairs: Pairs) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any]) -> str:
     """One line for the terminal: wall clock and processor time of both, ratios, peak memory."""
-    name = f"{result['name']:14}"
+    name = f"{result['name']:{_NAME}}"
     if result["skipped"] or result["failed"]:
         word = "skipped" if result["skipped"] else "FAILED"
         return f"{name} {word}: {result['skipped'] or result['failed']}"
@@ -169,12 +186,14 @@ def summary(result: Mapping[str, Any]) -> str:
     tail = f"ratio {result['ratio']:6.2f}, cpu {result['cpu_ratio']:6.2f}"
     if result["goal"] is not None:
         tail += f", goal {result['goal']:g}"
+    if result.get("api"):
+        tail += f", library {seconds(statistics.median(run['wall'] for run in result['api']))}"
     if result["size_ratio"] is not None:
         tail += f", size {result['size_ratio']:.3f}"
     return f"{name} {cells[0]}  {cells[1]}  {tail}"
 
 
-def run_rows(rows: Sequence[Row], session: Session) -> list[dict[str, Any]]:
+def run_rows(rows: Sequence[Row | RequestRow], session: Session) -> list[dict[str, Any]]:
     """Measure one row after the other; images go as soon as no row needs them."""
     results = []
     for row, later in zip(rows, needed_later(rows), strict=True):
@@ -190,7 +209,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="measured pairs of each row (5)")
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="NAME", help="only these rows; * is a wildcard"
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these rows; * is a wildcard, io-* are single requests",
     )
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument(
@@ -208,7 +231,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}, expected at least 1")
     try:
-        args.chosen = select(ROWS, args.rows)
+        args.chosen = select((*ROWS, *REQUEST_ROWS), args.rows)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -268,7 +291,7 @@ def main(given: Sequence[str] | None = None) -> int:
     args = arguments(given)
     if args.list:
         for row in args.chosen:
-            say(f"{row.name:14} {row.title}")
+            say(f"{row.name:{_NAME}} {row.title}")
         return 0
     if args.report:
         write_readme(json.loads(args.report.read_text(encoding="utf-8")))

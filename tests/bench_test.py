@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,23 @@ import pytest
 
 from bench.images import choose_files, make_fragmented
 from bench.library import RECIPES
-from bench.measure import Pairs, Run, pair_ratio
-from bench.report import BEGIN, END, missed, render, seconds, splice
+from bench.measure import CommandFailed, Pairs, Run, pair_ratio, run_once
+from bench.report import BEGIN, END, missed, rate, render, seconds, splice
+from bench.requests import (
+    Blank,
+    KiB,
+    Requests,
+    io,
+    operation_seconds,
+    paired,
+    probes,
+    reported_seconds,
+    scattered,
+)
 from bench.rows import ROWS, Row, fill, needed_later, select
+from bench.run import QCOW
+from bench.timing import time_requests
+from bench.write_rows import REQUEST_ROWS
 from qcowkit.extents.table import Flag
 from qcowkit.image.registry import open_chain
 
@@ -166,7 +183,8 @@ def test_readme_has_the_markers() -> None:
 
 
 def test_names_of_rows_are_unique() -> None:
-    assert len({row.name for row in ROWS}) == len(ROWS)
+    names = [row.name for row in (*ROWS, *REQUEST_ROWS)]
+    assert len(set(names)) == len(names)
 
 
 def test_every_image_of_a_row_has_a_recipe() -> None:
@@ -230,3 +248,192 @@ def test_the_fragmented_image_has_the_extents_that_it_promises(
         assert disk.size == extents * step * 0x10000
         assert data.start.tolist() == [index * step * 0x10000 for index in range(extents)]
         assert set(data.length.tolist()) == {0x10000}
+
+
+# Rows about single requests.
+
+
+def requests_result(**changes: Any) -> dict[str, Any]:
+    """A row about 1000 requests as it is kept: 4 times as fast as `qemu-img bench`."""
+    plain = {
+        **result(goal=3.0, ratio=4.0),
+        "name": "io-allocate",
+        "title": "allocating",
+        "requests": 1000,
+        "peer_label": "",
+        "peer": [run_of(2.0).as_json()],
+        "ours": [run_of(0.5).as_json()],
+        "api": [run_of(0.25).as_json()],
+    }
+    return {**plain, **changes}
+
+
+def test_requests_are_shown_by_their_rate() -> None:
+    assert table_lines(requests_result()) == [
+        "| allocating | 500 | 2.0 k | 4.0 k | 4.00 | 3 | yes |"
+    ]
+
+
+def test_a_single_request_is_shown_by_its_time() -> None:
+    row = requests_result(requests=1, goal=None, api=[])
+    assert table_lines(row) == ["| allocating | 2.00 s | 500 ms |  | 4.00 |  |  |"]
+
+
+def test_a_peer_of_requests_that_is_not_qemu_img_is_named() -> None:
+    assert "| 500 (qemu-io) |" in table_lines(requests_result(peer_label="qemu-io"))[0]
+
+
+def test_requests_that_were_not_measured_leave_the_row_as_wide_as_others() -> None:
+    row = requests_result(skipped="no room", peer=[], ours=[], api=[], ratio=None)
+    assert table_lines(row) == ["| allocating |  |  |  |  | 3 | not measured: no room |"]
+
+
+def test_requests_have_a_table_of_their_own_behind_the_commands() -> None:
+    text = render(document([requests_result(), result()]))
+    heads = [line for line in text.splitlines() if line.startswith("|") and "goal" in line]
+    assert [head.split("|")[1].strip() for head in heads] == ["", "requests a second"]
+    assert text.index("raw to qcow2") < text.index("allocating")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(123_456.0, "123 k"), (9_530.0, "9.5 k"), (847.2, "847"), (3.21, "3.2")],
+)
+def test_rates_are_shown_in_thousands(value: float, text: str) -> None:
+    assert rate(value) == text
+
+
+def test_the_seconds_of_bench_are_read_from_what_it_prints() -> None:
+    assert reported_seconds("Sending 5 requests\nRun completed in 1.250 seconds.\n") == 1.25
+
+
+def test_the_seconds_of_single_commands_are_the_sum_over_those_with_figures() -> None:
+    printed = (
+        "4096,1,0:00:00.25,16384.000,4.0000\n"
+        "wrote 4096/4096 bytes at offset 0\n"
+        "4 KiB, 1 ops; 00.00 sec (15.368 MiB/sec and 3934.0960 ops/sec)\n"
+        "qemu-io> qemu-io> 65536,1,0:00:00.50,131072.000,2.0000\n"
+    )
+    assert operation_seconds(printed) == 0.75
+
+
+@pytest.mark.parametrize("clock", [reported_seconds, operation_seconds])
+def test_output_without_a_time_is_an_error(clock: Any) -> None:
+    with pytest.raises(ValueError, match="found 'nothing'"):
+        clock("nothing")
+
+
+def test_the_time_that_a_command_reports_stands_for_that_of_its_run() -> None:
+    argv = (sys.executable, "-c", "print('completed in 77.5 seconds')")
+    assert run_once(argv, clock=reported_seconds).wall == 77.5
+
+
+def test_a_command_that_reports_no_time_has_failed() -> None:
+    with pytest.raises(CommandFailed, match="expected 'completed in"):
+        run_once((sys.executable, "-c", "pass"), clock=reported_seconds)
+
+
+@pytest.mark.parametrize("size", [1 << 24, 1 << 30, 1 << 40, 1 << 43])
+def test_scattered_offsets_come_round_only_after_all_of_them(size: int) -> None:
+    grain = 4 * KiB
+    step = scattered(size, grain=grain)
+    assert math.gcd(step // grain, size // grain) == 1
+    # qemu-img takes no longer ones.
+    assert step % grain == 0
+    assert 0 < step < 1 << 31
+
+
+def test_scattered_offsets_reach_every_part_of_a_disk_soon() -> None:
+    size, parts = 1 << 40, 2048
+    step = scattered(size, grain=64 * KiB)
+    met = {index * step % size * parts // size for index in range(4 * parts)}
+    assert len(met) > 0.97 * parts
+
+
+def test_both_tools_and_the_library_get_the_same_requests() -> None:
+    requests = Requests(count=7, step=12345, size=512, flush=3, depth=2)
+    row = paired(
+        "io", "io", image=Blank(size=1 << 20), requests=requests, options={"l2-cache-size": 4096}
+    )
+    assert row.peer[1:] == row.ours[1:]
+    flags = ("-c", "7", "-s", "512", "-S", "12345", "-d", "2", "-w", "--pattern=165")
+    target = ("--image-opts", "driver=qcow2,file.filename={image},l2-cache-size=4096")
+    assert row.ours == ("{qcow}", "bench", *flags, "--flush-interval=3", *target)
+    loop = ("--count", "7", "--size", "512", "--step", "12345", "--flush", "3", "--pattern", "165")
+    assert row.api[3:] == (*loop, "--option", "l2-cache-size=4096", "{image}")
+
+
+def test_what_was_written_and_what_lies_beside_it_is_looked_for() -> None:
+    requests = Requests(count=3, step=128 * KiB)
+    row = paired("io", "io", image=Blank(size=256 * KiB, base="raw"), requests=requests)
+    assert probes(row, count=3) == (
+        "read -P 165 0 4096",
+        "read -P 92 4096 61440",
+        "read -P 165 131072 4096",
+        "read -P 92 135168 61440",
+        "read -P 165 0 4096",
+        "read -P 92 4096 61440",
+    )
+
+
+def test_nothing_is_looked_for_beside_what_was_overwritten() -> None:
+    image = Blank(size=1 << 20, options=("preallocation=falloc",))
+    row = paired("io", "io", image=image, requests=Requests(count=1, step=4 * KiB))
+    assert set(probes(row)) == {"read -P 165 0 4096"}
+
+
+def test_reads_leave_nothing_to_look_for() -> None:
+    requests = Requests(count=1, step=4 * KiB, write=False)
+    assert probes(paired("io", "io", image=Blank(size=1 << 20), requests=requests)) == ()
+
+
+def test_a_disk_that_grows_is_made_by_two_commands() -> None:
+    blank = Blank(size=1 << 20, grown=1 << 16, options=("preallocation=metadata",))
+    create, resize = blank.commands()
+    assert create[-1] == str(1 << 20)
+    assert resize[-1] == str(blank.full_size) == str((1 << 20) + (1 << 16))
+
+
+def test_every_row_about_requests_has_an_image_that_a_command_makes() -> None:
+    for row in REQUEST_ROWS:
+        assert "{image}" in row.image.commands()[0]
+        assert any("{image}" in word for word in row.peer)
+        assert any("{image}" in word for word in row.ours)
+
+
+def small_row(**changes: Any) -> Any:
+    """A row whose runs take no time to speak of."""
+    image = Blank(size=1 << 20, base="raw")
+    return replace(
+        paired("io", "io", image=image, requests=Requests(count=4, step=64 * KiB)), **changes
+    )
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_a_row_about_requests_is_run_on_all_sides_and_leaves_nothing(tmp_path: Path) -> None:
+    pairs, api = time_requests(small_row(), folder=tmp_path, qcow=QCOW, pairs=1)
+    assert (len(pairs.peer), len(pairs.ours), len(api)) == (1, 1, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_a_row_whose_requests_were_lost_has_failed(tmp_path: Path) -> None:
+    elsewhere = small_row(written=Requests(count=4, step=4 * KiB))
+    with pytest.raises(CommandFailed, match="read -P 165"):
+        time_requests(elsewhere, folder=tmp_path, qcow=QCOW, pairs=1)
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_commands_of_a_script_are_timed_one_by_one(tmp_path: Path) -> None:
+    script = ("write -C -P 165 0 4k", "flush", "write -C -P 165 64k 4k")
+    row = small_row(
+        peer=io("qemu-io", script, "{image}"),
+        ours=("{qcow}", *io("io", script, "{image}")),
+        api=(),
+        clock="operations",
+        written=Requests(count=2, step=64 * KiB),
+    )
+    pairs, api = time_requests(row, folder=tmp_path, qcow=QCOW, pairs=1)
+    assert pairs.peer[0].wall > 0
+    assert pairs.ours[0].wall > 0
+    assert api == ()
