@@ -60,12 +60,17 @@ class Window:
         """Computed refcounts of clusters in the window."""
         return self.computed.take(clusters - self.base).astype(np.int64)
 
-    def last_used(self, limit: int) -> int:
-        """The highest cluster below `limit` with either count, -1 for none."""
+    def last_used(self, limit: int, *, stored: bool = True) -> int:
+        """The highest cluster below `limit` with either count, -1 for none.
+
+        stored: whether the stored count alone will do."""
         stop = min(self.size, max(0, limit - self.base))
         for end in range(stop, 0, -MiB):
             begin = max(0, end - MiB)
-            used = np.flatnonzero((self.stored[begin:end] != 0) | (self.computed[begin:end] != 0))
+            counted = self.computed[begin:end] != 0
+            if stored:
+                counted |= self.stored[begin:end] != 0
+            used = np.flatnonzero(counted)
             if len(used):
                 return self.base + begin + int(used[-1])
         return -1

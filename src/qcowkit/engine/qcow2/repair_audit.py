@@ -81,9 +81,8 @@ class Audit(Recount):
     def see_window(self, window: Window, *, first: bool) -> None:
         """Compare counts, and see who shares."""
         super().see_window(window, first=first)
-        used = np.flatnonzero(window.computed)
-        if len(used):
-            self.used_end = max(self.used_end, window.base + int(used[-1]) + 1)
+        last = window.last_used(window.base + window.size, stored=False)
+        self.used_end = max(self.used_end, last + 1)
         self.lowered += int(np.count_nonzero(window.stored > window.computed))
         low = np.flatnonzero(window.stored < window.computed) + window.base
         self.raised += len(low)

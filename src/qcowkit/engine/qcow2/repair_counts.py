@@ -16,6 +16,9 @@ from qcowkit.engine.repairs import ChangeKind, StrictLog
 from qcowkit.extents.table import Int64Array
 from qcowkit.units import SECTOR, align_up
 
+# Counts that are compared at once, to keep memory small.
+_AT_ONCE = 1 << 20
+
 
 def raise_counts(run: RepairRun, metadata: Qcow2Metadata) -> None:
     """Bring counts below the references up to them, as far as their width allows. The caller waits
@@ -51,15 +54,21 @@ class _Adjustment(Counting):
 
     def see_window(self, window: Window, *, first: bool) -> None:
         """Change the counts of a window."""
-        wanted = np.minimum(window.computed, np.uint32(self._most))
-        wrong = wanted < window.stored if self._lower else wanted > window.stored
-        index = np.flatnonzero(wrong)
+        step = max(_AT_ONCE, self.geometry.refcounts_per_block)
+        for begin in range(0, window.size, step):
+            self._adjust(window, begin, min(begin + step, window.size))
+
+    def _adjust(self, window: Window, begin: int, end: int) -> None:
+        computed, stored = window.computed[begin:end], window.stored[begin:end]
+        wanted = np.minimum(computed, np.uint32(self._most))
+        index = np.flatnonzero(wanted < stored if self._lower else wanted > stored)
         if not len(index):
             return
-        stored, target = window.stored[index], wanted[index]
+        stored, target = stored[index], wanted[index]
+        clusters = index + (window.base + begin)
 
         def make(number: int) -> str:
-            place = (window.base + int(index[number])) << self.bits
+            place = int(clusters[number]) << self.bits
             return (
                 f"cluster at host offset {place:#x}: refcount {int(stored[number])} -> "
                 f"{int(target[number])}"
@@ -67,7 +76,7 @@ class _Adjustment(Counting):
 
         kind = ChangeKind.LOWERED if self._lower else ChangeKind.RAISED
         self._run.changes.add_many(kind, len(index), make)
-        self._store(index + window.base, target)
+        self._store(clusters, target)
 
     def _store(self, clusters: Int64Array, counts: npt.NDArray[np.uint32]) -> None:
         """clusters: ascending; every one has a block."""

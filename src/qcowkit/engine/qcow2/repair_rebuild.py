@@ -11,7 +11,7 @@ import numpy as np
 
 from qcowkit.codecs.qcow2.geometry import MAX_REFCOUNT_TABLE_BYTES, Geometry
 from qcowkit.codecs.qcow2.refcount_block import encode_refcounts
-from qcowkit.engine.qcow2.counters import SATURATED, Window
+from qcowkit.engine.qcow2.counters import SATURATED, CountArray, Window
 from qcowkit.engine.qcow2.counting import BATCH_BYTES, Counting
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.references import Survey
@@ -148,17 +148,21 @@ class _UsedBlocks(Counting):
 
     def see_window(self, window: Window, *, first: bool) -> None:
         """Note the blocks of a window."""
-        clusters = window.base + np.flatnonzero(self.counts(window))
-        self._used.append(np.unique(clusters // self.geometry.refcounts_per_block))
+        low = window.base // self.geometry.refcounts_per_block
+        self._used.append(low + np.flatnonzero(self.counts(window).any(axis=1)))
 
-    def counts(self, window: Window) -> Int64Array:
-        """What will be stored; too narrow counts stop at their largest value."""
+    def counts(self, window: Window) -> CountArray:
+        """What will be stored, a row for each block; too narrow counts stop at their largest."""
         counts = window.computed
         if self._keep:
             # What entries that lead nowhere have lost may be anywhere.
             inside = max(0, min(window.size, self.file_clusters - window.base))
-            counts[:inside] = np.maximum(counts[:inside], 1)
-        return np.minimum(counts, np.uint32(min(self.geometry.refcount_max, SATURATED)))
+            np.maximum(counts[:inside], np.uint32(1), out=counts[:inside])
+        most = np.uint32(min(self.geometry.refcount_max, SATURATED))
+        np.minimum(counts, most, out=counts)
+        per_block = self.geometry.refcounts_per_block
+        missing = -window.size % per_block
+        return (np.pad(counts, (0, missing)) if missing else counts).reshape(-1, per_block)
 
 
 class _WriteBlocks(_UsedBlocks):
@@ -179,12 +183,10 @@ class _WriteBlocks(_UsedBlocks):
 
     def see_window(self, window: Window, *, first: bool) -> None:
         """Write the blocks of a window."""
-        per_block, size = self.geometry.refcounts_per_block, self.geometry.cluster_size
-        low, high = window.base // per_block, ceil_div(window.base + window.size, per_block)
-        begin, end = np.searchsorted(self._area.blocks, [low, high]).tolist()
-        counts = self.counts(window)
-        counts = np.pad(counts, (0, -window.size % per_block)).reshape(-1, per_block)
-        used = low + np.flatnonzero((counts != 0).any(axis=1))
+        size, counts = self.geometry.cluster_size, self.counts(window)
+        low = window.base // self.geometry.refcounts_per_block
+        begin, end = np.searchsorted(self._area.blocks, [low, low + len(counts)]).tolist()
+        used = low + np.flatnonzero(counts.any(axis=1))
         assert np.isin(used, self._area.blocks[begin:end]).all(), "a block was forgotten"
         most = max(1, BATCH_BYTES // size)
         for index in range(begin, end, most):
