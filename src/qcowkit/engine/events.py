@@ -9,8 +9,6 @@ from __future__ import annotations
 QCOW2_BARRIERS = (
     "autoclear bits before the first change",
     "dirty bit before unaccounted clusters",
-    "record of dirty tables before tables",
-    "record of dirty tables given up",
     "data and refcounts before tables",
     "refcount table before mapping",
     "refcount table switch before mapping",
@@ -27,6 +25,16 @@ QCOW2_BARRIERS = (
     "smaller size",
     "refcount table before its blocks go",
     "cut of the file",
+)
+
+# With lazy refcounts and a record of dirty L2 tables, docs/adr/0013: of writing, then of opening an
+# image that was left dirty.
+QCOW2_RECORD_BARRIERS = (
+    "record of dirty tables before tables",
+    "record of dirty tables given up",
+    "recovery: refcounts written",
+    "recovery: refcount table written",
+    "recovery: refcount table switched",
 )
 
 # Metadata steps of a qcow2 image. The names are those that qemu's debugging driver uses for the

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qcowkit.budget import Budget
-from qcowkit.engine.barriers import Observer, ignore_event
+from qcowkit.engine.barriers import Barriers, Observer, ignore_event
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.disk import Qcow2Disk
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.engine.qcow2.state import Places
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.image.protocol import Below
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class WritableQcow2Image(Qcow2Image):
-    """The active disk of a qcow2 file. See `WritableImage`.
+    """The active disk of a qcow2 file. See `WritableImage`. An image that was left dirty is made
+    sound first.
 
     Raises CorruptMetadata for an image with its corrupt bit set, RequestError for one with
-    bitmaps that would have to be kept up to date."""
+    bitmaps that would have to be kept up to date, and what `recover_for_writing` raises."""
 
     def __init__(
         self,
@@ -38,6 +40,8 @@ class WritableQcow2Image(Qcow2Image):
     ) -> None:
         """observe: told of barriers and metadata steps by name, before they happen."""
         _check_writable(metadata)
+        barriers = Barriers(storage, observe=observe)
+        metadata = recover_for_writing(storage, metadata, barriers=barriers)
         super().__init__(
             metadata, storage, data_storage=data_storage, budget=budget, options=options
         )

@@ -107,6 +107,24 @@ def add_to_scattered(
     return _zeros(index, values)
 
 
+def raise_refcounts(
+    raw: bytearray, order: int, *, entries: npt.NDArray[np.intp], counts: npt.NDArray[np.uint64]
+) -> None:
+    """Bring entries of a block, ascending and distinct, up to `counts` where they are lower.
+
+    The caller has seen that all counts fit."""
+    if order >= 3:
+        stored = np.frombuffer(raw, dtype=_WIDE[order])
+        stored[entries] = np.maximum(stored[entries].astype(np.uint64), counts)
+        return
+    per_byte = 8 >> order
+    begin, end = int(entries[0]) // per_byte, int(entries[-1]) // per_byte + 1
+    values = _narrow_bits(raw[begin:end], order).astype(np.uint64)
+    places = entries - begin * per_byte
+    values[places] = np.maximum(values[places], counts)
+    raw[begin:end] = encode_refcounts(values, order)
+
+
 def _add_narrow(
     raw: bytearray, order: int, entries: npt.NDArray[np.intp], delta: int
 ) -> npt.NDArray[np.intp]:

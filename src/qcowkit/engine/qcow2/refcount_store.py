@@ -6,6 +6,7 @@ to, and what is taken away has been unreferenced durably before (docs/adr/0011).
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ from qcowkit.codecs.qcow2.refcount_block import (
     count_used,
     find_free,
     last_used,
+    raise_refcounts,
     read_count,
+    view_refcounts,
 )
 from qcowkit.engine.qcow2.cache import MetadataCache
 from qcowkit.engine.qcow2.tables import encode_words
@@ -113,13 +116,9 @@ class RefcountStore:
         """The same for single clusters, ascending; one that is there twice changes twice."""
         order = self.geometry.refcount_order
         freed: list[Run] = []
-        owners = clusters // self.per_block
-        edges = np.flatnonzero(np.diff(owners, prepend=-1)).tolist()
-        for begin, end in zip(edges, [*edges[1:], len(clusters)], strict=True):
-            block = int(owners[begin])
-            entries = (clusters[begin:end] - block * self.per_block).astype(np.intp)
-            first, last = int(entries[0]), int(entries[-1])
-            raw = self._edit(block, first, last + 1 - first)
+        for block, part in self._by_block(clusters):
+            entries = (clusters[part] - block * self.per_block).astype(np.intp)
+            raw = self._edit_entries(block, entries)
             try:
                 zero = add_to_scattered(raw, order, entries=entries, delta=delta)
             except BadCount as error:
@@ -128,6 +127,31 @@ class RefcountStore:
                 self._full.discard(block)
                 freed += _runs(zero, block * self.per_block)
         return freed
+
+    def counts_of(self, clusters: Int64Array) -> npt.NDArray[np.uint64]:
+        """The refcounts of clusters, ascending; 0 where no block says otherwise."""
+        counts = np.zeros(len(clusters), dtype=np.uint64)
+        for block, part in self._by_block(clusters):
+            if self.has_block(block):
+                stored = view_refcounts(self._block(block), self.geometry.refcount_order)
+                counts[part] = stored[clusters[part] - block * self.per_block]
+        return counts
+
+    def raise_to(self, clusters: Int64Array, counts: npt.NDArray[np.uint64]) -> None:
+        """Bring the refcounts of clusters, ascending and distinct, up to `counts`, which fit into
+        their width. Raises CorruptMetadata where one has no block."""
+        for block, part in self._by_block(clusters):
+            entries = (clusters[part] - block * self.per_block).astype(np.intp)
+            raw = self._edit_entries(block, entries)
+            order = self.geometry.refcount_order
+            raise_refcounts(raw, order, entries=entries, counts=counts[part])
+
+    def _by_block(self, clusters: Int64Array) -> Iterator[tuple[int, slice]]:
+        """(block, where in `clusters` those are that it describes) of ascending clusters."""
+        owners = clusters // self.per_block
+        edges = [*np.flatnonzero(np.diff(owners, prepend=-1)).tolist(), len(clusters)]
+        for begin, end in zip(edges[:-1], edges[1:], strict=True):
+            yield int(owners[begin]), slice(begin, end)
 
     def find_free(self, cluster: int) -> tuple[int, int]:
         """(first, count) of the first run of free clusters at or behind `cluster`, within one
@@ -260,6 +284,10 @@ class RefcountStore:
         bits = self.geometry.refcount_bits
         begin, end = first * bits // 8, -(-(first + count) * bits // 8)
         return self.blocks.edit(index, offset=self._block_offset(index), first=begin, last=end)
+
+    def _edit_entries(self, index: int, entries: npt.NDArray[np.intp]) -> bytearray:
+        first, last = int(entries[0]), int(entries[-1])
+        return self._edit(index, first, last + 1 - first)
 
     def _make_room(self) -> None:
         if self.blocks.crowded:
