@@ -73,6 +73,8 @@ class CompressedWriter:
             state.barriers.pending = True
             state.barriers.observe("write_compressed")
             state.storage.pwrite([packed], offset=host)
+            # Before the entry: who reads without the lock must find it inside of the file.
+            state.refresh_rules()
             words = state.edit(number, first=index, last=index + 1)
         except BaseException:
             bits = self._geometry.cluster_bits
@@ -83,4 +85,3 @@ class CompressedWriter:
         words[at] = encode_compressed(host, len(packed), geometry=self._geometry)
         if self._geometry.has_subclusters:
             words[at + 1] = 0
-        state.refresh_rules()
