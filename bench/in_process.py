@@ -18,6 +18,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--warm", type=int, default=0)
     parser.add_argument("--flush", type=int, default=0)
     parser.add_argument("--pattern", type=int)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
@@ -68,11 +69,13 @@ def main() -> int:
         gate=qcowkit.ReferenceGate.trusting(),
         options=open_options(args.option),
     ) as disk:
-        offsets = [index * args.step % disk.size for index in range(args.count)]
-        if write:
-            seconds = write_all(disk, offsets, bytes([args.pattern]) * args.size, args.flush)
-        else:
-            seconds = read_all(disk, offsets, args.size)
+        total = args.count + args.warm
+        offsets = [index * args.step % disk.size for index in range(total)]
+        for part in (offsets[args.count :], offsets[: args.count]):
+            if write:
+                seconds = write_all(disk, part, bytes([args.pattern]) * args.size, args.flush)
+            else:
+                seconds = read_all(disk, part, args.size)
     print(f"Run completed in {seconds:.4f} seconds.")
     return 0
 

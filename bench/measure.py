@@ -94,16 +94,22 @@ def run_once(
     expected: int = 0,
     output: Path | None = None,
     clock: Callable[[str], float] | None = None,
+    script: Path | None = None,
 ) -> Run:
     """Run a command. Raises CommandFailed with its last words.
 
     output: the file that it writes, whose size is noted. clock: the seconds that are to count, from
-    what the command printed, which is discarded otherwise; ValueError from it becomes a failure."""
-    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
+    what the command printed, which is discarded otherwise; ValueError from it becomes a failure.
+    script: a file for its standard input."""
+    with (
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryFile() as printed,
+        (script or Path(os.devnull)).open("rb") as given,
+    ):
         begun = time.perf_counter()
         process = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=given,
             stdout=subprocess.DEVNULL if clock is None else printed,
             stderr=errors,
             env=environment(),

@@ -77,7 +77,8 @@ class Blank:
 class Requests:
     """Requests of `size` bytes, each `step` bytes behind the one before, modulo the disk's size.
 
-    flush: a flush after so many, 0 for none. depth: how many the peer keeps under way."""
+    flush: a flush after so many, 0 for none. depth: how many the peer keeps under way. warm: how
+    many more the library is asked before, which are not timed."""
 
     count: int
     step: int
@@ -85,6 +86,7 @@ class Requests:
     write: bool = True
     flush: int = 0
     depth: int = 64
+    warm: int = 0
 
     def words(self) -> Command:
         """The flags of `bench`, which both tools share."""
@@ -100,6 +102,8 @@ class Requests:
         """The flags of `bench.in_process`; depth means nothing there."""
         words: tuple[object, ...] = ("--count", self.count, "--size", self.size)
         words += ("--step", self.step, "--flush", self.flush)
+        if self.warm:
+            words += ("--warm", self.warm)
         if self.write:
             words += ("--pattern", PATTERN)
         return tuple(map(str, words))
@@ -112,11 +116,11 @@ class RequestRow:
 
     image, peer_image: how they are made; None for one like ours. fresh: made anew before each run;
     if not, both sides share it where it is the same. api: the loop over the library, empty where
-    there is none. clock: where the seconds come from. count: requests that they are for.
-    peer_label: what the table calls a peer that is not `qemu-img bench`. written: what must be
-    found afterwards, None where nothing is looked for. around: the byte that fills the rest of a
-    cluster that was allocated, None where that is not looked at. goal: least ratio peer/ours, None
-    for information."""
+    there is none. script: lines for the standard input of both tools. clock: where the seconds come
+    from. count: requests that they are for. peer_label: what the table calls a peer that is not
+    `qemu-img bench`. written: what must be found afterwards, None where nothing is looked for.
+    around: the byte that fills the rest of a cluster that was allocated, None where that is not
+    looked at. goal: least ratio peer/ours, None for information."""
 
     name: str
     title: str
@@ -127,6 +131,7 @@ class RequestRow:
     api: Command = ()
     peer_image: Blank | None = None
     fresh: bool = True
+    script: tuple[str, ...] = ()
     clock: Clock = "reported"
     goal: float | None = None
     peer_label: str = ""

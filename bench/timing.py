@@ -32,11 +32,12 @@ class Timing:
         sides = [(row.peer, row.peer_image or row.image, peer), (row.ours, row.image, "image")]
         if row.api:
             sides.append((row.api, row.image, "image"))
+        script = self._script()
         runs: tuple[list[Run], ...] = ([], [], [])
         for turn in range(pairs + 1):
             for side, (command, blank, name) in enumerate(sides):
                 image = self._image(blank, self.folder / f"{name}.qcow2")
-                run = run_once(self._fill(command, image), clock=CLOCKS[row.clock])
+                run = run_once(self._fill(command, image), clock=CLOCKS[row.clock], script=script)
                 if turn:
                     runs[side].append(run)
                 elif side:
@@ -64,6 +65,14 @@ class Timing:
                 run_quietly("qemu-img", "convert", "-f", "raw", "-O", blank.base, raw, path)
                 raw.unlink()
             self._made.add(path)
+        return path
+
+    def _script(self) -> Path | None:
+        """The lines for standard input, in a file; None where there are none."""
+        if not self.row.script:
+            return None
+        path = self.folder / "script"
+        path.write_text("".join(f"{line}\n" for line in self.row.script), encoding="ascii")
         return path
 
     def _fill(self, command: Command, image: Path, *, base: Path | None = None) -> list[str]:

@@ -7,6 +7,7 @@ an option costs, or the size of an image."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bench.images import GiB, MiB
 from bench.requests import (
@@ -129,10 +130,11 @@ def _scripted(
         name=name,
         title=title,
         image=image,
-        peer=io("qemu-io", script, "{image}"),
-        ours=("{qcow}", *io("io", script, "{image}")),
+        peer=io("qemu-io", (), "{image}"),
+        ours=("{qcow}", *io("io", (), "{image}")),
         count=count,
         fresh=not image.allocated,
+        script=script,
         clock="operations" if timed else "wall",
         peer_label="qemu-io",
         written=written,
@@ -146,74 +148,72 @@ def _against_itself(
     *,
     image: Blank,
     requests: Requests,
-    peer_label: str,
-    peer_image: Blank | None = None,
-    peer_requests: Requests | None = None,
     options: Options = NO_OPTIONS,
     peer_options: Options = NO_OPTIONS,
+    peer_label: str,
 ) -> RequestRow:
-    """`qcow bench` on both sides, with other options or on another image."""
-    return RequestRow(
-        name=name,
-        title=title,
-        image=image,
-        peer=("{qcow}", *bench(peer_requests or requests, peer_options)),
-        ours=("{qcow}", *bench(requests, options)),
-        api=in_process(requests, options),
-        peer_image=peer_image,
-        count=requests.count,
-        fresh=requests.write and not image.allocated,
+    """`qcow bench` on both sides, with other options."""
+    return replace(
+        paired(name, title, image=image, requests=requests, options=options),
+        peer=("{qcow}", *bench(requests, peer_options)),
         peer_label=peer_label,
-        written=requests if requests.write else None,
-        around=None if image.allocated else 0,
+    )
+
+
+# The L2 cache covers any disk here: what is compared are disks, not caches.
+_COVER: Options = {"l2-cache-size": 128 * MiB}
+
+
+def _grown(
+    name: str, title: str, *, small: Blank, large: Blank, grain: int, requests: Requests
+) -> RequestRow:
+    """The library on a large disk, against the library on a small one: once tables are known, no
+    request should be slower for the size of the disk."""
+    few = replace(requests, step=scattered(small.size, grain=grain))
+    many = replace(requests, step=scattered(large.size, grain=grain))
+    return replace(
+        paired(name, title, image=large, requests=many),
+        peer=in_process(few, _COVER),
+        ours=in_process(many, _COVER),
+        api=(),
+        peer_image=small,
+        peer_label="library, 1 GiB",
     )
 
 
 def _growing() -> Iterator[RequestRow]:
-    """Larger and larger disks against one of 1 GiB: no request should be slower for that. The L2
-    cache covers each of them, so that none is about the cache."""
-    cover: Options = {"l2-cache-size": 128 * MiB}
-
-    def spread(count: int, size: int, grain: int) -> Requests:
-        return Requests(count=count, step=scattered(size, grain=grain))
-
-    for word, size in (("32g", 32 * GiB), ("1t", TiB)):
-        shown = {"32g": "32 GiB", "1t": "1 TiB"}[word]
-        yield _against_itself(
+    writes = Requests(count=40_000, warm=20_000, step=0)
+    allocations = Requests(count=8000, warm=8000, step=0)
+    for word, shown, size in (("32g", "32 GiB", 32 * GiB), ("1t", "1 TiB", TiB)):
+        yield _grown(
             f"io-grow-write-{word}",
-            f"overwrite 4 KiB, scattered over {shown}",
-            image=_placed(size),
-            requests=spread(40_000, size, 4 * KiB),
-            peer_image=_placed(GiB),
-            peer_requests=spread(40_000, GiB, 4 * KiB),
-            peer_label="qcow, 1 GiB",
-            options=cover,
-            peer_options=cover,
+            f"library, warm: overwrite 4 KiB, scattered over {shown}",
+            small=_placed(GiB),
+            large=_placed(size),
+            grain=4 * KiB,
+            requests=writes,
         )
-        yield _against_itself(
+        yield _grown(
             f"io-grow-alloc-{word}",
-            f"allocating, 4 KiB a cluster, scattered over {shown}",
-            image=Blank(size=size),
-            requests=spread(8000, size, CLUSTER),
-            peer_image=_EMPTY,
-            peer_requests=spread(8000, GiB, CLUSTER),
-            peer_label="qcow, 1 GiB",
-            options=cover,
-            peer_options=cover,
+            f"library, warm: allocating, 4 KiB a cluster, scattered over {shown}",
+            small=_EMPTY,
+            large=Blank(size=size),
+            grain=CLUSTER,
+            requests=allocations,
         )
     yield paired(
         "io-1t-write",
         "overwrite 4 KiB, scattered over 1 TiB",
         image=_placed(TiB),
-        requests=spread(40_000, TiB, 4 * KiB),
-        options=cover,
+        requests=Requests(count=40_000, step=scattered(TiB, grain=4 * KiB)),
+        options=_COVER,
     )
     yield paired(
         "io-1t-alloc",
         "allocating, 4 KiB a cluster, scattered over 1 TiB",
         image=Blank(size=TiB),
-        requests=spread(8000, TiB, CLUSTER),
-        options=cover,
+        requests=Requests(count=8000, step=scattered(TiB, grain=CLUSTER)),
+        options=_COVER,
     )
 
 
@@ -231,9 +231,9 @@ def _first_allocation() -> tuple[str, ...]:
 def _allocations_after_frees(rounds: int) -> tuple[str, ...]:
     """A cluster near the start is freed; the first allocation takes it, the next has to come all
     the way to the end of the file."""
-    commands = list(_first_allocation()).copy()
-    commands[0] = commands[0].replace("-C", "-q")
     second = _LAST + CLUSTER
+    # The first search, which reads all blocks, is the row before.
+    commands = [f"write -q {_LAST} 4k", f"discard -q {_LAST} 64k", "flush"]
     for index in range(1, rounds + 1):
         low = index * CLUSTER
         commands += [f"discard -q {low} 64k", "flush"]

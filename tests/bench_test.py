@@ -425,11 +425,11 @@ def test_a_row_whose_requests_were_lost_has_failed(tmp_path: Path) -> None:
 
 @pytest.mark.peer("qemu-img", "qemu-io")
 def test_commands_of_a_script_are_timed_one_by_one(tmp_path: Path) -> None:
-    script = ("write -C -P 165 0 4k", "flush", "write -C -P 165 64k 4k")
     row = small_row(
-        peer=io("qemu-io", script, "{image}"),
-        ours=("{qcow}", *io("io", script, "{image}")),
+        peer=io("qemu-io", (), "{image}"),
+        ours=("{qcow}", *io("io", (), "{image}")),
         api=(),
+        script=("write -C -P 165 0 4k", "flush", "write -C -P 165 64k 4k"),
         clock="operations",
         written=Requests(count=2, step=64 * KiB),
     )
@@ -437,3 +437,21 @@ def test_commands_of_a_script_are_timed_one_by_one(tmp_path: Path) -> None:
     assert pairs.peer[0].wall > 0
     assert pairs.ours[0].wall > 0
     assert api == ()
+
+
+def test_warming_up_is_for_the_library_alone() -> None:
+    plain = Requests(count=7, step=4 * KiB)
+    warm = replace(plain, warm=3)
+    assert warm.words() == plain.words()
+    assert set(warm.loop()) - set(plain.loop()) == {"--warm", "3"}
+
+
+def test_a_script_is_given_to_a_command_as_its_input(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("completed in 8 seconds")
+    argv = (sys.executable, "-c", "print(input())")
+    assert run_once(argv, script=script, clock=reported_seconds).wall == 8
+
+
+def test_without_a_script_a_command_has_no_input() -> None:
+    run_once((sys.executable, "-c", "import sys; sys.exit(sys.stdin.read() != '')"))
