@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,18 @@ def build(blocks: int = 4, **options: Any) -> bytes:
 
 def build_child(blocks: int = 4) -> bytes:
     return build(blocks, disk_type=DIFFERENCING)
+
+
+def build_with_a_name_behind_the_table(blocks: int) -> bytes:
+    """As some writers do it: the name of the parent lies between the table and the blocks."""
+    name = ".\\parent.vhd".encode("utf-16-le")
+    builder = VhdBuilder(size=blocks * BLOCK, disk_type=DIFFERENCING).locator(b"W2ru", name)
+    builder.header["table_offset"] = TABLE_AT
+    entry = struct.pack(">4sIIIQ", b"W2ru", 1, len(name), 0, FIRST_BLOCK)
+    builder.header["locators"] = entry.ljust(192, b"\0")
+    raw = builder.build()
+    raw[TABLE_AT : FIRST_BLOCK + 512] = b"\xff" * 512 + name.ljust(512, b"\0")
+    return bytes(raw)
 
 
 def load(storage: Storage) -> VhdMetadata:

@@ -399,6 +399,18 @@ def test_a_table_that_could_not_be_written_is_written_by_the_next_flush() -> Non
     assert content(raw)[:BLOCK] == b"1" * BLOCK
 
 
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_half_an_entry_of_the_table_is_not_left_behind(written: int) -> None:
+    """Whoever gets the error may give up, and the next one must be able to open the file."""
+    raw = MemoryStorage(build())
+    writer = open_writer(FaultyStorage(raw, Fault(operation="pwrite", call=3, written=written)))
+    put(writer, b"1" * BLOCK, offset=0)
+    with pytest.raises(StorageError):
+        writer.flush()
+    assert content(raw) == b"1" * BLOCK + bytes(3 * BLOCK)
+    assert audit(raw) == []
+
+
 def test_a_bitmap_that_is_cut_off_is_an_error_not_zeros() -> None:
     child = VhdBuilder(size=BLOCK, disk_type=DIFFERENCING).block(0, b"c", bitmap=b"\x80")
     storage = MemoryStorage(child.build())

@@ -129,6 +129,14 @@ def test_a_range_that_a_resize_has_cut_off_is_refused(kind: int) -> None:
         image.extents(start=BLOCK, length=1)
 
 
+@pytest.mark.parametrize("kind", [DYNAMIC, DIFFERENCING])
+def test_a_lookup_beyond_a_new_end_is_refused(kind: int) -> None:
+    _, image = open_image(build_kind(kind))
+    image.resize(BLOCK, shrink=True)
+    with pytest.raises(RequestError, match="range 0x1000 \\+ 0x1 is outside the disk"):
+        image.lookup(BLOCK)
+
+
 def test_a_resize_that_failed_behind_the_footer_is_known() -> None:
     """The leading footer counts, so the disk has its new size."""
     memory = MemoryStorage(build())
@@ -138,6 +146,15 @@ def test_a_resize_that_failed_behind_the_footer_is_known() -> None:
     with pytest.raises(StorageError):
         image.resize(BLOCK, shrink=True)
     assert image.size == load(memory).virtual_size == BLOCK
+
+
+def test_a_chain_whose_resize_failed_knows_its_size() -> None:
+    faulty = FaultyStorage(MemoryStorage(build()), Fault(operation="pwrite", call=2))
+    chain = open_disk(faulty)
+    with pytest.raises(StorageError):
+        chain.resize(BLOCK, shrink=True)
+    assert chain.size == BLOCK
+    assert chain.read(offset=0, length=chain.size) == bytes(BLOCK)
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,18 @@ QCOW2_STEPS = (
     "reftable_update",
     "write_compressed",
 )
+
+# Of a VHD with blocks, then of a fixed one; docs/formats/vhd.md, "Order of writes".
+VHD_BARRIERS = (
+    "one footer before the other",
+    "footer before blocks",
+    "blocks before what leads to them",
+    "bitmaps and table before more changes",
+    "header before what relies on it",
+    "leading footer before the trailing one",
+    "footer before the file is cut",
+    "table before its size",
+    "added space before the size",
+    "footer before what relies on it",
+    "flush",
+)

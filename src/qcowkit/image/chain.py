@@ -296,9 +296,12 @@ class Chain:
         """Change the disk's size, in bytes; what is added reads as zeros.
 
         preallocation of what is added: off, metadata, falloc or full. Raises RequestError for a
-        smaller size without `shrink`, and as `write`."""
-        self._writable_top().resize(size, shrink=shrink, preallocation=preallocation)
-        self._measure()
+        smaller size without `shrink`, and as `write`; then `size` says whether it took place."""
+        top = self._writable_top()
+        try:
+            top.resize(size, shrink=shrink, preallocation=preallocation)
+        finally:
+            self._measure()
 
     def track(self, tracker: Tracker) -> None:
         """Tell `tracker` of every change from now on, before it is made."""

@@ -37,10 +37,13 @@ class VhdImage:
         return self._block_map().extents(start=start, length=length, limit=limit)
 
     def lookup(self, offset: int) -> tuple[Hit, int, int]:
-        """See `Image.lookup`. Where sectors decide for themselves only a table tells."""
+        """See `Image.lookup`. Where sectors decide for themselves only a table tells. Raises
+        RequestError beyond the end, which a resize may have moved."""
         if self.metadata.dynamic_header is None:
             return Hit.DATA, offset, self.size - offset
-        return self._block_map().lookup(offset)
+        blocks = self._block_map()
+        check_range(start=offset, length=1, size=blocks.size)
+        return blocks.lookup(offset)
 
     def read_runs(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """See `Image.read_runs`."""

@@ -123,9 +123,7 @@ def _shrink(writer: BlockWriter, size: int) -> None:
     writer.space.settle()
     count = len(blocks.sectors)
     _write_unused(writer, first=count, end=header.max_table_entries)
-    writer.barriers.wait("table before its blocks are given up")
-    if count < header.max_table_entries:
-        writer.space.replace_header(replace(header, max_table_entries=count))
+    writer.space.replace_header(replace(header, max_table_entries=count))
     end = find_end(writer.metadata, blocks.sectors)
     dropped = old_map.sectors[count:]
     for sector in dropped[(dropped != UNUSED) & (dropped * SECTOR < end)].tolist():

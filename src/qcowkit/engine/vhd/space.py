@@ -147,7 +147,7 @@ class BlockSpace:
         self.metadata = replace(self.metadata, data_end=end)
         self._dirty_end = end + FOOTER_SIZE
         self._truncate(end + FOOTER_SIZE)
-        self._barriers.wait("the file is cut before it grows again")
+        self._barriers.wait("flush")
         self._settled = True
 
     def _move_footer(self, offset: int) -> None:

@@ -6,6 +6,7 @@ that nothing refers to data that a crash could take. docs/formats/vhd.md, "Order
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from qcowkit.engine.vhd.metadata import VhdMetadata, metadata_regions
 from qcowkit.engine.vhd.pieces import Part, gather, plan_entry_runs, split_range, split_sectors
 from qcowkit.engine.vhd.space import BlockSpace
 from qcowkit.engine.vhd.underneath import Underneath
-from qcowkit.errors import UnsupportedFeature
+from qcowkit.errors import StorageError, UnsupportedFeature
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, MiB, ceil_div
@@ -156,7 +157,7 @@ class BlockWriter:
         for block in sorted(staged.keys() - self._unlinked):
             self._write_bitmap(block, whole=False)
         for first, end in plan_entry_runs(sorted(self._unlinked)):
-            self.write_entries(self.blocks.sectors[first:end], first=first)
+            self._link(first, end)
         self.barriers.wait("bitmaps and table before more changes")
         self._unlinked.clear()
         staged.clear()
@@ -344,6 +345,17 @@ class BlockWriter:
     def _give_back(self, change: _Change) -> None:
         for place in change.fresh.values():
             self.space.spoil(place + self.span)
+
+    def _link(self, first: int, end: int) -> None:
+        """Entries [first, end) of the table become what they are in memory."""
+        sectors = self.blocks.sectors[first:end]
+        try:
+            self.write_entries(sectors, first=first)
+        except StorageError:
+            # An entry of which half was written leads astray, and nobody may come back to it.
+            with suppress(StorageError):
+                self.write_entries(sectors, first=first)
+            raise
 
     def _write_bitmap(self, block: int, *, whole: bool) -> None:
         """whole: with the padding, which an old block has already."""
