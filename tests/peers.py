@@ -7,6 +7,11 @@ import subprocess
 
 import pytest
 
+from tests.variants import Variant, vary_qemu_img
+
+# Set by conftest: under which options qemu-img makes its images.
+variant: Variant | None = None
+
 
 def peer(name: str) -> str:
     """The path of a command, or a skip that names it."""
@@ -17,8 +22,13 @@ def peer(name: str) -> str:
 
 
 def run_peer(name: str, *arguments: object, status: int = 0) -> str:
-    """The standard output of a peer that must end with `status`."""
-    command = [peer(name), *map(str, arguments)]
+    """The standard output of a peer that must end with `status`.
+
+    qemu-img makes images of the variant that is chosen; see tests/variants.py."""
+    words = [str(word) for word in arguments]
+    if name == "qemu-img":
+        words = vary_qemu_img(variant, words)
+    command = [peer(name), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == status, f"{' '.join(command)}: {done.stdout}{done.stderr}"
     return done.stdout

@@ -42,6 +42,8 @@ def run(folder: Path, content: str, *, required: bool) -> tuple[int, str]:
     )
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     environment["QCOWKIT_REQUIRE_PEERS"] = "1" if required else ""
+    # The conftest of the project imports from its own tests.
+    environment["PYTHONPATH"] = os.pathsep.join([str(CONFTEST.parent.parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(folder)],
         capture_output=True,
