@@ -30,15 +30,17 @@ class Blank:
     """How an image comes about. size, cluster: bytes. options: of `create -o`.
 
     base: the format of a backing file full of BASE_BYTE, empty for none. grown: bytes by which the
-    disk grows once it is made: what is preallocated ends before them. then: commands of qemu-io
-    that follow."""
+    disk grows once it is made: what is preallocated ends before them. crash: commands of qemu-io
+    behind which `qcow io` ends as if it had been killed. tool: what creates it, empty for the one
+    that is quick."""
 
     size: int
     cluster: int = CLUSTER
     options: tuple[str, ...] = ()
     base: Literal["", "raw", "qcow2"] = ""
     grown: int = 0
-    then: tuple[str, ...] = ()
+    crash: tuple[str, ...] = ()
+    tool: Literal["", "qemu-img", "{qcow}"] = ""
 
     @property
     def full_size(self) -> int:
@@ -61,16 +63,19 @@ class Blank:
         """What makes it at {image}; {base} is the backing file, which is there already."""
         options = ",".join((f"cluster_size={self.cluster}", *self.options))
         # Ours writes the tables of large images in a tenth of the time; both make the same.
-        tool = "{qcow}" if self.allocated else "qemu-img"
+        tool = self.tool or ("{qcow}" if self.allocated else "qemu-img")
         create: Command = (tool, "create", "-q", "-f", "qcow2", "-o", options)
         if self.base:
             create += ("-b", "{base}", "-F", self.base)
         made: list[Command] = [(*create, "{image}", str(self.size))]
         if self.grown:
-            made.append(("qemu-img", "resize", "-q", "{image}", str(self.full_size)))
-        if self.then:
-            made.append(io("qemu-io", self.then, "{image}"))
+            # The same tool: another one would drop what it does not know from the header.
+            made.append((tool, "resize", "-q", "{image}", str(self.full_size)))
         return made
+
+    def killed(self) -> Command:
+        """What leaves it behind as after a crash, and ends by SIGABRT itself."""
+        return ("{qcow}", *io("io", (*self.crash, "abort"), "{image}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

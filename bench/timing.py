@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Timing:
             path.unlink(missing_ok=True)
             for command in blank.commands():
                 run_quietly(*self._fill(command, path, base=self._base(blank)))
+            if blank.crash:
+                run_quietly(*self._fill(blank.killed(), path), expected=-signal.SIGABRT)
             self._made.add(path)
         return path
 

@@ -133,7 +133,7 @@ def _scripted(
         peer=io("qemu-io", (), "{image}"),
         ours=("{qcow}", *io("io", (), "{image}")),
         count=count,
-        fresh=not image.allocated,
+        fresh=not image.allocated or bool(image.crash),
         script=script,
         clock="operations" if timed else "wall",
         peer_label="qemu-io",
@@ -321,4 +321,31 @@ _SCRIPTS = (
     ),
 )
 
-REQUEST_ROWS: tuple[RequestRow, ...] = (*_PLAIN, *_SCRIPTS, *_TABLES, *_growing())
+# Left by a writer that allocated behind everything else and was killed.
+_RECORDED = Blank(
+    size=256 * GiB,
+    grown=_LEFT,
+    options=("preallocation=metadata", "lazy_refcounts=on"),
+    crash=(f"write -q {256 * GiB} 4k", "flush"),
+)
+_OPENED = _scripted(
+    "io-recover",
+    "open an image of 256 GiB after a crash, lazy refcounts, with start",
+    image=_RECORDED,
+    script=(),
+    count=1,
+    timed=False,
+)
+_RECOVERY = (
+    _OPENED,
+    replace(
+        _OPENED,
+        name="io-recover-all",
+        title="the same, the record of dirty L2 tables against none",
+        peer=_OPENED.ours,
+        peer_image=replace(_RECORDED, tool="qemu-img"),
+        peer_label="qcow, no record",
+    ),
+)
+
+REQUEST_ROWS: tuple[RequestRow, ...] = (*_PLAIN, *_SCRIPTS, *_TABLES, *_growing(), *_RECOVERY)

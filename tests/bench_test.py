@@ -390,6 +390,7 @@ def test_reads_leave_nothing_to_look_for() -> None:
 def test_a_disk_that_grows_is_made_by_two_commands() -> None:
     blank = Blank(size=1 << 20, grown=1 << 16, options=("preallocation=metadata",))
     create, resize = blank.commands()
+    assert create[0] == resize[0]
     assert create[-1] == str(1 << 20)
     assert resize[-1] == str(blank.full_size) == str((1 << 20) + (1 << 16))
 
@@ -455,3 +456,21 @@ def test_a_script_is_given_to_a_command_as_its_input(tmp_path: Path) -> None:
 
 def test_without_a_script_a_command_has_no_input() -> None:
     run_once((sys.executable, "-c", "import sys; sys.exit(sys.stdin.read() != '')"))
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_an_image_can_be_left_as_after_a_crash(tmp_path: Path) -> None:
+    image = Blank(size=1 << 20, options=("lazy_refcounts=on",), crash=("write 0 4k", "flush"))
+    # The lowest bit of the features that a reader must know.
+    is_dirty = "import sys; sys.exit(not open(sys.argv[1], 'rb').read(80)[79] & 1)"
+    row = small_row(
+        image=image,
+        peer=("{python}", "-c", is_dirty, "{image}"),
+        ours=("qemu-img", "check", "-r", "all", "{image}"),
+        api=(),
+        clock="wall",
+        written=None,
+    )
+    assert image.killed()[-2:] == ("abort", "{image}")
+    pairs, _ = time_requests(row, folder=tmp_path, qcow=QCOW, pairs=1)
+    assert len(pairs.ours) == 1
