@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ _MACHINE = re.compile(r"(\d+,1),[\d:.]+,[\d.]+,[\d.]+")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """A kind of image. unit: bytes of a cluster, or of a subcluster. base: bytes of a backing disk,
-    0 for none. grows: False where qemu maps what is added and we leave it to the data file."""
+    0 for none. grows: False where qemu maps what is added and we leave it to the data file. plain:
+    only data are read and written, where qemu knows neither discards nor zeros nor resizing."""
 
     name: str
     format: str = "qcow2"
@@ -35,6 +37,7 @@ class Kind:
     base: int = 0
     compresses: bool = False
     grows: bool = True
+    plain: bool = False
 
     def make(self, folder: Path) -> str:
         """A new image in a folder of its own; its path."""
@@ -68,13 +71,17 @@ KINDS = (
     Kind(name="lazy", options="lazy_refcounts=on,cluster_size=4k", unit=4096, compresses=True),
     Kind(name="zstd", options="compression_type=zstd,cluster_size=8k", unit=8192, compresses=True),
     Kind(name="extended", options="extended_l2=on,cluster_size=16k", unit=512, compresses=True),
-    Kind(name="extended-64k", options="extended_l2=on", unit=2048, compresses=True),
+    Kind(name="extended-64k", options="extended_l2=on", unit=2048),
     Kind(name="data-file", options="data_file={folder}/data,cluster_size=4k", unit=4096),
     Kind(name="raw-data", options="data_file={folder}/data,data_file_raw=on", grows=False),
     Kind(name="overlay", options="cluster_size=4k", unit=4096, base=MiB, compresses=True),
     Kind(name="long-base", options="cluster_size=4k", unit=4096, base=3 * MiB, compresses=True),
     Kind(name="extended-overlay", options="extended_l2=on", unit=2048, base=MiB, compresses=True),
     Kind(name="v2-overlay", options="compat=0.10,cluster_size=4k", unit=4096, base=MiB),
+    Kind(name="vhd", format="vpc", options="force_size=on", unit=512, plain=True),
+    Kind(
+        name="fixed-vhd", format="vpc", options="subformat=fixed,force_size", unit=512, plain=True
+    ),
     Kind(name="metadata", options="preallocation=metadata,cluster_size=4k", unit=4096),
 )
 
@@ -89,13 +96,23 @@ class Script:
 
     def commands(self, count: int = _COMMANDS) -> list[str]:
         """So many of them, and a look at everything in the end."""
+        makers = [*[self.write] * 4, self.read, self.verify, self.vector]
+        if not self.kind.plain:
+            makers += self.further()
+        lines = [line for _ in range(count) for line in self.noise.choice(makers)()]
+        return (
+            [*lines, "length", "flush"] if self.kind.plain else [*lines, "length", "map", "flush"]
+        )
+
+    def further(self) -> list[Callable[[], list[str]]]:
+        """What not every image can."""
         makers = [
-            *[self.write] * 8,
+            *[self.write] * 4,
             *[self.zeroes] * 3,
             *[self.discard] * 3,
-            *[self.read] * 3,
-            *[self.verify] * 2,
-            *[self.vector] * 2,
+            *[self.read] * 2,
+            self.verify,
+            self.vector,
             *[self.asynchronous] * 2,
             self.alloc,
             self.truncate,
@@ -104,8 +121,7 @@ class Script:
         ]
         if self.kind.compresses:
             makers += [self.compressed] * 4
-        lines = [line for _ in range(count) for line in self.noise.choice(makers)()]
-        return [*lines, "length", "map", "flush"]
+        return makers
 
     def place(self, *, aligned: bool | None = None) -> tuple[int, int]:
         """(offset, length) within the disk, often of whole units."""
@@ -130,6 +146,9 @@ class Script:
 
     def zeroes(self) -> list[str]:
         offset, length = self.place()
+        if self.kind.compresses and self.cluster > self.kind.unit:
+            # Zeros that begin within a compressed cluster make qemu write all of them as data.
+            offset -= offset % self.cluster
         flags = self.noise.choice(["-z", "-zu", "-z -u -f"])
         return [f"write {flags} {offset} {length}"]
 
@@ -155,6 +174,8 @@ class Script:
 
     def asynchronous(self) -> list[str]:
         offset, length = self.place()
+        if self.kind.compresses:
+            offset -= offset % self.cluster
         kind = self.noise.choice([f"-P {self.pattern()}", "-z", "-z -u"])
         return [
             f"aio_write {kind} {offset} {length}",

@@ -240,6 +240,7 @@ def test_content_is_repeated_from_any_position(content: bytes) -> None:
         (512, "512 bytes"),
         (1023.5, "1023.500 bytes"),
         (65536, "64 KiB"),
+        ((2 << 20) + 512, "2 MiB"),
         (3 << 29, "1.500 GiB"),
         (3000000, "2.861 MiB"),
         (5 << 60, "5 EiB"),

@@ -187,6 +187,21 @@ def test_a_raw_disk_is_not_compressed(session: IoSession) -> None:
     assert outcome.errors == ("write: raw images have no compressed clusters",)
 
 
+def test_a_data_file_holds_no_compressed_clusters(tmp_path: Path) -> None:
+    path = str(tmp_path / "disk.qcow2")
+    options = CreateOptions.of("qcow2", {"size": MiB, "data_file": "data"})
+    create_image(path, options, gate=ReferenceGate.deny_all())
+    session = make_session(Qcow2Opener(), path)
+    outcome = session.run("write -c 0 64k")
+    assert lines_of(outcome) == ["write failed: Operation not supported"]
+    assert outcome.errors == ("write: compressed clusters cannot lie in a data file",)
+    session.finish()
+
+
+def test_a_failed_asynchronous_read_is_told_as_qemu_io_does(session: IoSession) -> None:
+    assert all_said(session, "aio_read 64k 1", "aio_flush") == ["readv failed: Input/output error"]
+
+
 def test_compressed_clusters_are_whole_and_new(qcow2: IoSession) -> None:
     said(qcow2, "write -c -P 5 64k 128k", "read -P 5 64k 128k")
     misplaced = qcow2.run("write -c 512 64k")

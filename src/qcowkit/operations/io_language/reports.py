@@ -130,13 +130,12 @@ class AllocationMap:
 
 
 def exact_size(value: float) -> str:
-    """Bytes with three decimals unless whole: `64 KiB`, `1.500 GiB`, `512 bytes`."""
+    """Bytes with three decimals, unless those are zeros: `64 KiB`, `1.500 GiB`, `512 bytes`."""
     power = 0
     while power < len(_NAMES) and value >= KiB ** (power + 1):
         power += 1
     name = _NAMES[power - 1] if power else "bytes"
-    shown = value / KiB**power
-    return f"{shown:.0f} {name}" if shown == int(shown) else f"{shown:.3f} {name}"
+    return f"{f'{value / KiB**power:.3f}'.removesuffix('.000')} {name}"
 
 
 def dump_lines(data: bytes, *, offset: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.errors import QcowkitError, RequestError, StorageError, UnsupportedFeature
 from qcowkit.extents.table import Flag
 from qcowkit.image.chain import Chain
@@ -89,7 +90,9 @@ def errno_of(error: QcowkitError) -> int:
 
 
 def _failed(command: str, text: str, *, code: int) -> Outcome:
-    failure = Failure(command=command, reason=os.strerror(code))
+    # The one result that qemu-io tells under another name, which scripts compare with.
+    shown = "readv" if command == "aio_read" else command
+    failure = Failure(command=shown, reason=os.strerror(code))
     return Outcome(reports=(failure,), errors=(f"{command}: {text}",), failed=True)
 
 
@@ -166,8 +169,11 @@ def _why_not_compressed(chain: Chain, request: WriteRequest) -> tuple[int, str] 
     """(error number, reason) where a compressed write cannot be; None where it may try."""
     if not request.compressed:
         return None
-    if chain.format != "qcow2":
+    metadata = chain.images[0].metadata
+    if not isinstance(metadata, Qcow2Metadata):
         return errno.ENOTSUP, f"{chain.format} images have no compressed clusters"
+    if metadata.data_file:
+        return errno.ENOTSUP, "compressed clusters cannot lie in a data file"
     size = chain.cluster_size
     end = request.offset + request.length
     if request.offset % size or (end % size and end != chain.size):
