@@ -48,7 +48,8 @@ def test_a_record_comes_back_as_it_was(bits: bytes, shift: int) -> None:
     one = record(shift=shift, bits=bits)
     again = DirtyTables.decode(one.encode(), host_offset=7)
     assert again == one
-    assert again is not None and again.host_offset == 7
+    assert again is not None
+    assert again.host_offset == 7
 
 
 @given(bits=st.binary(min_size=1, max_size=12), shift=st.integers(0, 3))

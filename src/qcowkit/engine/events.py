@@ -27,11 +27,8 @@ QCOW2_BARRIERS = (
     "cut of the file",
 )
 
-# With lazy refcounts and a record of dirty L2 tables, docs/adr/0013: of writing, then of opening an
-# image that was left dirty.
-QCOW2_RECORD_BARRIERS = (
-    "record of dirty tables before tables",
-    "record of dirty tables given up",
+# Of opening an image that was left dirty, by its record of dirty L2 tables; docs/adr/0013.
+QCOW2_RECOVERY_BARRIERS = (
     "recovery: refcounts written",
     "recovery: refcount table written",
     "recovery: refcount table switched",

@@ -328,26 +328,17 @@ class WriteState:
         return changed | self._dirty_l1
 
     def _record_tables(self) -> None:
-        """No table changes durably before the record of a dirty image names it."""
+        """No table changes durably before the record of a dirty image names it: the caller waits.
+
+        Where the record has no bit for it, the repair after a crash has to look at everything."""
         if self._record is None or not self.header.recorded:
             return
         tables = self._changed_tables()
-        if not self._record.covers(tables):
-            self.give_up_record()
-        elif self._record.add(tables):
-            self.barriers.pending = True
-            self.barriers.wait("record of dirty tables before tables")
-
-    def give_up_record(self) -> None:
-        """Let the repair after a crash look at everything. To be called before references come
-        about that the record does not describe: from other trees than the active one, or to
-        clusters that were in use before (docs/adr/0013). It is not begun again before the image is
-        opened anew."""
-        self._record = None
-        if self.header.recorded:
+        if self._record.covers(tables):
+            self.barriers.pending |= self._record.add(tables)
+        else:
             self.header.drop_record()
             self.barriers.pending = True
-            self.barriers.wait("record of dirty tables given up")
 
     @property
     def _is_dirty(self) -> bool:
@@ -376,10 +367,11 @@ class WriteState:
             self.barriers.wait("refcount table switch before mapping")
 
     def _store_l2(self) -> None:
+        if self.lazy and (self.tables.cache.dirty or self._dirty_l1 or self._moved_l1):
+            # New L2 tables and the record of dirty ones are among it.
+            self.barriers.wait("data before tables")
         if not self.tables.cache.dirty:
             return
-        if self.lazy:
-            self.barriers.wait("data before tables")
         self.tables.cache.store(self.tables.place)
         self.barriers.pending = True
         if self._dirty_l1 or self._moved_l1:
