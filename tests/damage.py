@@ -129,8 +129,8 @@ def set_feature(image: BuiltImage, bits: int) -> None:
 def spoil_snapshots(image: BuiltImage, *, extra: int, count: int = 1) -> None:
     """Give the last snapshot that much extra data, in a new table at the end of the file. count:
     the refcount of its clusters; those of the old table are free."""
-    metadata = load_qcow2_metadata(MemoryStorage(image.to_bytes()))
-    table, last = encode_snapshots(metadata.snapshots[:-1]), metadata.snapshots[-1]
+    snapshots = load_qcow2_metadata(MemoryStorage(image.to_bytes()), for_check=True).snapshots
+    table, last = encode_snapshots(snapshots[:-1]), snapshots[-1]
     raw = bytearray(encode_snapshots([last]))
     names = len(last.id.encode()) + len(last.name.encode())
     raw[36:40] = struct.pack(">I", extra)
@@ -146,6 +146,44 @@ def spoil_snapshots(image: BuiltImage, *, extra: int, count: int = 1) -> None:
         set_count(image, host, count)
     for host in range(image.places["snapshots"], image.places["refcount_table"], size):
         set_count(image, host, 0)
+
+
+def spoil_at_random(image: BuiltImage, noise: random.Random) -> None:
+    """Counts, flags and words of tables: a little of each, at places that the noise chooses."""
+    size, end = 1 << image.header.cluster_bits, len(image.data)
+    most = min(image.header.geometry.refcount_max, 5)
+    for _ in range(noise.choice([0, 3, 12])):
+        set_count(image, noise.randrange(end // size) * size, noise.randint(0, most))
+    for index in (0, 1, 2, 9):
+        if host_of(image, index) and noise.random() < 0.3:
+            flip(image, index, COPIED)
+    if noise.random() < 0.3:
+        share(image, 0, 1)
+    if noise.random() < 0.3:
+        word = noise.choice([0, 0x300, 1 << 45, host_of(image, 0)])
+        table_entry(image, noise.randrange(3), word)
+    for _ in range(noise.choice([0, 0, 1, 4])):
+        _spoil_word(image, noise, end)
+    if image.header.version == 3 and noise.random() < 0.3:
+        set_feature(image, noise.randint(1, 3))
+    if image.header.nb_snapshots and noise.random() < 0.3:
+        spoil_snapshots(image, extra=noise.choice([3, 1500]))
+
+
+def _spoil_word(image: BuiltImage, noise: random.Random, end: int) -> None:
+    names = ("l1", "l2", "refcount_table", "refcount_block")
+    place = image.places[noise.choice(names)] + noise.randrange(16) * 8
+    value = noise.choice(
+        [
+            0,
+            noise.randrange(end // 512) * 512,
+            COPIED | noise.randrange(end // 512) * 512,
+            noise.randrange(2 * end),
+            1 << noise.randrange(64),
+            noise.getrandbits(64),
+        ]
+    )
+    image.patch(place, value)
 
 
 Spoil = Callable[[BuiltImage], object]
@@ -271,6 +309,17 @@ DAMAGES: dict[str, Damage] = {
     ),
     "reserved bits in the refcount table": _damage(
         lambda i: table_entry(i, 0, i.places["refcount_block"] | 3), "REBUILD", leaks_mode=False
+    ),
+    "zeros unaligned and a bad table": _damage(
+        _all(
+            lambda i: set_word(i, 2, COPIED | host_of(i, 2) + 0x200 | 1),
+            lambda i: table_entry(i, 1, 0x300),
+        ),
+        "REBUILD",
+        "ENTRY",
+        "LOWERED",
+        cluster_bits=12,
+        leaks_mode=False,
     ),
     "refcount block unaligned": _damage(
         lambda i: table_entry(i, 0, i.places["refcount_block"] + 0x100),

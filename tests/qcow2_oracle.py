@@ -25,12 +25,14 @@ Key = tuple[str, int]
 
 @dataclass(slots=True, kw_only=True)
 class View:
-    """refs: references by host cluster. touched: clusters that also malformed entries lead into.
-    links: (cluster, COPIED) of plain entries of the active tables. guest: what can be read."""
+    """refs: references by host cluster; blocks: those of refcount blocks among them. touched:
+    clusters that malformed entries lead into. links: (cluster, COPIED) of plain entries of the
+    active tables. guest: what can be read."""
 
     size: int
     cluster: int
     refs: Counter[int] = field(default_factory=Counter)
+    blocks: Counter[int] = field(default_factory=Counter)
     touched: set[int] = field(default_factory=set)
     links: list[tuple[int, bool]] = field(default_factory=list)
     guest: dict[Key, Seen] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class _Walk:
     def _plain(self, word: int, host: int, bitmap: int, *, active: bool) -> Seen | None:
         data = bool(bitmap & ALLOCATED) if self.extended else not word & 1
         sound = host % self.cluster == 0 and host < len(self.raw)
-        if host and (host % self.cluster == 0 or host + self.cluster < len(self.raw)) and not sound:
+        if host and not sound and (host % self.cluster == 0 or host < len(self.raw)):
             last = host + self.cluster - 1 >> self.bits
             self.view.touched.update(range(host >> self.bits, last + 1))
         if host and sound:
@@ -187,6 +189,7 @@ class _Walk:
             if word % self.cluster or word >= len(self.raw):
                 continue
             self.view.refs[word >> self.bits] += 1
+            self.view.blocks[word >> self.bits] += 1
             block = self.raw[word : word + self.cluster].ljust(self.cluster, b"\0")
             for slot, count in self._iter_counts(block):
                 if count:
@@ -210,10 +213,17 @@ def worsened(before: View, raw: bytes, original: bytes) -> list[str]:
 
     Space that is lost, and flags that make a writer copy for nothing, are not worse."""
     after = view_of(raw)
+    end = -(-before.size // before.cluster)
     found = [
         f"cluster {cluster}: danger {level}, before {before.danger(cluster)}"
         for cluster, level in sorted(after.dangers().items())
         if level > before.danger(cluster)
+        # A file that has grown may end behind a place to which only nonsense leads.
+        and (
+            cluster < end
+            or after.refs[cluster] > after.blocks[cluster]
+            or before.counts.get(cluster)
+        )
     ]
     found += [
         f"{key}: reads {after.guest.get(key, ('nothing',))[:1]}, before {seen[:1]}"

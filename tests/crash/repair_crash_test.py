@@ -3,6 +3,7 @@ ends what this one left, and every barrier is needed."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +12,13 @@ from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Severity
 from qcowkit.engine.qcow2.repair import repair_qcow2
 from qcowkit.engine.repairs import ChangeLog, RepairMode
+from qcowkit.errors import CorruptMetadata, OperationError
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.storage.protocol import Storage
 from qcowkit.testing.crash_states import CrashState, iter_crash_states
 from qcowkit.testing.crash_storage import Content, CrashFiles
-from tests.damage import DAMAGES
+from qcowkit.units import KiB
+from tests.damage import DAMAGES, EXTENDED, TWO, make, spoil_at_random
 from tests.qcow2_oracle import view_of, worsened
 
 BUDGET = 150
@@ -98,6 +101,20 @@ def test_a_cut_in_the_second_repair_is_no_worse_either() -> None:
         for second, remains in states(again, 20):
             label = f"{state.label}; {second.label}"
             assert worsened(before, remains, raw) == [], label
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(500))
+def test_no_moment_of_any_repair_is_worse_than_before(seed: int) -> None:
+    noise = random.Random(seed)
+    image = make(**noise.choice([{}, {"snapshots": TWO, "size": 128 * KiB}, EXTENDED]))
+    spoil_at_random(image, noise)
+    raw = image.to_bytes()
+    try:
+        files, _ = run_repair(raw)
+    except (OperationError, CorruptMetadata):
+        return
+    assert faults(raw, files, 1000) == []
 
 
 # Which damage shows that a barrier is needed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from qcowkit.codecs.qcow2 import header
 from qcowkit.codecs.qcow2.geometry import Geometry
+from qcowkit.engine import findings
 from qcowkit.engine.findings import Severity
 from qcowkit.engine.qcow2 import repair_snapshots
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
@@ -26,6 +28,7 @@ from qcowkit.storage.protocol import Storage
 from qcowkit.testing.faulty import Fault, FaultyStorage
 from qcowkit.testing.qcow2_builder import (
     BitmapSpec,
+    BuiltImage,
     SnapshotSpec,
     Zero,
     make_luks_area,
@@ -46,6 +49,7 @@ from tests.damage import (
     set_feature,
     set_word,
     share,
+    spoil_at_random,
     spoil_snapshots,
     table_entry,
     word_of,
@@ -527,6 +531,32 @@ def test_a_repair_can_be_cancelled() -> None:
         repair(MemoryStorage(make().to_bytes()), cancel=cancel)
 
 
+def fan_in(count: int) -> BuiltImage:
+    """Every L1 entry leads to one L2 table, whose entries lead to one cluster."""
+    image = make(size=8 * MiB, clusters={0: b"x"})
+    image.patch(image.places["l1"], struct.pack(">Q", image.places["l2"]) * count)
+    image.patch(image.places["l2"], bytes(image.data[image.places["l2"] :][:8]) * 64)
+    return image
+
+
+def test_work_out_of_proportion_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = fan_in(256).to_bytes()
+    for limit in range(0, 60 * KiB, 4 * KiB):
+        monkeypatch.setattr(findings, "FREE_WORK", limit)
+        monkeypatch.setattr(findings, "WORK_FACTOR", 0)
+        storage = MemoryStorage(raw)
+        try:
+            repair(storage)
+        except OperationError:
+            assert storage.to_bytes() == raw
+        else:
+            assert storage.to_bytes() != raw
+            return
+    pytest.fail("no limit was enough")
+
+
 def test_progress_grows_to_its_total() -> None:
     image = make()
     set_count(image, host_of(image, 0), 3)
@@ -567,34 +597,31 @@ def test_random_counts_and_flags_are_put_right(name: str, noise: random.Random) 
     assert get_count(image, 0) >= 0
 
 
-@given(st.sampled_from(list(FUZZED)), st.randoms(use_true_random=False))
-def test_random_words_in_tables_never_cost_readable_data(name: str, noise: random.Random) -> None:
+def assert_no_readable_data_are_lost(name: str, noise: random.Random) -> None:
     image = make(**FUZZED[name])
-    end = len(image.data)
-    tables = [image.places[which] for which in ("l1", "l2", "refcount_table", "refcount_block")]
-    for _ in range(noise.randint(1, 6)):
-        place = noise.choice(tables) + noise.randrange(16) * 8
-        value = noise.choice(
-            [
-                0,
-                noise.randrange(end // 512) * 512,
-                COPIED | noise.randrange(end // 512) * 512,
-                noise.randrange(2 * end),
-                1 << noise.randrange(64),
-                noise.getrandbits(64),
-            ]
-        )
-        image.patch(place, value)
+    spoil_at_random(image, noise)
     raw = image.to_bytes()
     storage = MemoryStorage(raw)
+    mode = noise.choice(list(RepairMode))
     try:
-        repaired, changes = repair(storage)
+        repaired, _ = repair(storage, mode)
     except (OperationError, CorruptMetadata):
         assert storage.to_bytes() == raw
         return
     after = storage.to_bytes()
     assert worsened(view_of(raw), after, raw) == []
-    assert not repair(storage)[1]
-    if not changes:
-        assert after == raw
     assert repaired.after.log.count(Severity.ERROR) == 0
+    assert not repair(storage, mode)[1]
+    assert storage.to_bytes() == after
+
+
+@given(st.sampled_from(list(FUZZED)), st.randoms(use_true_random=False))
+def test_random_damage_never_costs_readable_data(name: str, noise: random.Random) -> None:
+    assert_no_readable_data_are_lost(name, noise)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", list(FUZZED))
+def test_a_lot_of_random_damage_never_costs_readable_data(name: str) -> None:
+    for seed in range(10_000):
+        assert_no_readable_data_are_lost(name, random.Random(seed))

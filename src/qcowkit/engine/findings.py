@@ -121,11 +121,13 @@ class Effort:
         self,
         *,
         stored: int,
+        factor: int = 1,
         progress: ProgressReport | None = None,
         cancel: threading.Event | None = None,
     ) -> None:
-        """`stored`: bytes that the host has allocated for the image."""
-        self._limit = WORK_FACTOR * stored + FREE_WORK
+        """stored: bytes that the host has allocated for the image. factor: how much more may be
+        done than in a check."""
+        self._limit = factor * (WORK_FACTOR * stored + FREE_WORK)
         self._spent = 0
         self._progress = progress
         self._cancel = cancel

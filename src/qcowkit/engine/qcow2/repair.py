@@ -125,7 +125,7 @@ class _Repair:
         if audit.rebuild:
             rebuild_refcounts(run, metadata, audit)
             self._corruptions = max(1, audit.raised + audit.found.bad_blocks)
-            self._leaks = 0 if audit.lost else audit.lowered
+            self._leaks = 0 if audit.astray else audit.lowered
             metadata = load_qcow2_metadata(run.storage, for_check=True)
             audit = run.audit(metadata)
         if not audit.clean:

@@ -55,6 +55,11 @@ class Audit(Recount):
             self.rebuild.append(f"{found.bad_blocks} entries of the refcount table are faulty")
 
     @property
+    def astray(self) -> bool:
+        """Whether entries lead nowhere, with data or without."""
+        return self.lost > 0 or self.spare > 0
+
+    @property
     def clean(self) -> bool:
         """Nothing was found that is wrong."""
         return not any(self.log.count(severity) for severity in Severity)

@@ -32,7 +32,7 @@ def check_room(run: RepairRun, audit: Audit, *, first: int, count: int) -> None:
                 "missing"
             )
         return
-    if audit.lost:
+    if audit.astray:
         raise _no_room("entries lead nowhere, and free clusters of a device may hold their data")
     if end > run.storage.size():
         raise _no_room(f"the device has no {count} clusters behind the last one in use")

@@ -63,17 +63,17 @@ def rebuild_refcounts(
     """Count everything anew and switch to it.
 
     old: (host offset, bytes) of one more structure that is still in use. Clusters without a
-    reference become free, unless entries lead nowhere: then all of the file is kept. Raises
+    reference become free, unless entries lead nowhere: then all of the file is kept for now. Raises
     OperationError, with nothing changed, where the structures have no place."""
     effort = run.effort()
     found = _what_to_count(run.survey(metadata, effort), metadata, audit, old)
-    counting = _UsedBlocks(run, metadata, found, keep=audit.lost > 0)
+    counting = _UsedBlocks(run, metadata, found, keep=audit.astray)
     counting.run()
     area = _place(run, metadata, audit, counting.used)
     effort.spend(area.clusters * metadata.cluster_size)
     claims = found.claims.plus(_NEW, first=area.first, count=area.clusters)
     everything = replace(found, claims=claims)
-    _WriteBlocks(run, metadata, everything, keep=audit.lost > 0, area=area).run()
+    _WriteBlocks(run, metadata, everything, keep=audit.astray, area=area).run()
     _write_table(run, metadata, area)
     run.wait("refcounts written")
     place = (area.first + len(area.blocks)) << metadata.geometry.cluster_bits

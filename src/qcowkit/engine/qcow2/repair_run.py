@@ -20,6 +20,7 @@ from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, KiB
 
 _WORDS_A_SECTOR = SECTOR // 8
+_MORE_EFFORT = 4
 # All of the fixed part of any header: it has no more than a cluster.
 _FIRST_BYTES = 2048 * KiB
 
@@ -44,11 +45,17 @@ class RepairRun:
         self.cancel = cancel
         self.window_clusters = window_clusters
         self._begun = False
+        self._factor = 1
 
     def effort(self) -> Effort:
-        """For the next walk over the tables."""
+        """For the next walk over the tables. What the first one, a check, could afford is never too
+        much for the others, which may read tables twice: none gives up half-way."""
+        factor, self._factor = self._factor, _MORE_EFFORT
         return Effort(
-            stored=self.storage.allocated(), progress=self.steps.next(), cancel=self.cancel
+            stored=self.storage.allocated(),
+            factor=factor,
+            progress=self.steps.next(),
+            cancel=self.cancel,
         )
 
     def audit(self, metadata: Qcow2Metadata, *, last: bool = False) -> Audit:
