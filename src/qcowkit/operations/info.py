@@ -43,7 +43,7 @@ def describe_image(layer: Layer) -> Info:
             info["encrypted"] = True
         info |= _backing(filename, metadata.references)
         if metadata.snapshots:
-            info["snapshots"] = [_snapshot(entry) for entry in metadata.snapshots]
+            info["snapshots"] = [describe_snapshot(entry) for entry in metadata.snapshots]
         info["format-specific"] = {"type": "qcow2", "data": _qcow2_data(metadata)}
     else:
         info["dirty-flag"] = False
@@ -80,7 +80,8 @@ def _backing(filename: str, references: Sequence[Reference]) -> Info:
     return {}
 
 
-def _snapshot(entry: SnapshotEntry) -> Info:
+def describe_snapshot(entry: SnapshotEntry) -> Info:
+    """One snapshot under the keys of `qemu-img info --output=json`."""
     info: Info = {
         "id": entry.id,
         "name": entry.name,
@@ -179,7 +180,7 @@ def render_info(info: Info) -> str:
     lines = [f"{label:<{width}}  {_printable(text)}" for label, text in rows]
     data = info.get("format-specific", {}).get("data", {})
     if info.get("snapshots"):
-        lines += ["", "snapshots", *_table(_SNAPSHOT_TITLES, map(_snapshot_row, info["snapshots"]))]
+        lines += ["", "snapshots", *render_snapshots(info["snapshots"])]
     if data.get("bitmaps"):
         lines += ["", "bitmaps", *_table(_BITMAP_TITLES, map(_bitmap_row, data["bitmaps"]))]
     return "\n".join(lines)
@@ -246,6 +247,11 @@ def _feature_texts(info: Info, data: Info) -> Iterator[str]:
 
 _SNAPSHOT_TITLES = ("ID", "NAME", "DATE (UTC)", "VM STATE", "VM CLOCK")
 _BITMAP_TITLES = ("NAME", "GRANULARITY", "STATE")
+
+
+def render_snapshots(entries: Iterable[Info]) -> Iterator[str]:
+    """A table of described snapshots, a line each, without line ends."""
+    return _table(_SNAPSHOT_TITLES, map(_snapshot_row, entries))
 
 
 def _snapshot_row(entry: Info) -> tuple[str, ...]:

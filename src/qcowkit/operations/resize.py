@@ -78,8 +78,6 @@ def resize(
     base = chain.images[1].size if len(chain.images) > 1 else None
     metadata = [layer.metadata for layer in chain.layers[:1]]
     notes = (*plan_notes(old=old, new=new, base=base), *_snapshot_notes(metadata))
-    if new > old and preallocation == "off" and any(map(_shared_raw, metadata)):
-        preallocation = "metadata"
     chain.resize(new, shrink=shrink, preallocation=preallocation)
     chain.flush()
     return Resized(old_size=old, size=chain.size, notes=notes)
@@ -112,11 +110,6 @@ def plan_notes(*, old: int, new: int, base: int | None) -> tuple[str, ...]:
     elif base is not None:
         notes.append(f"the backing file ends at {_both(base)}: beyond it only this image has data")
     return tuple(notes)
-
-
-def _shared_raw(metadata: Metadata) -> bool:
-    """Others may write the data file as the raw disk that it is: every cluster must show it."""
-    return isinstance(metadata, Qcow2Metadata) and metadata.data_file_raw
 
 
 def _snapshot_notes(metadata: Sequence[Metadata]) -> tuple[str, ...]:

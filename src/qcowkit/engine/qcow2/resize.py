@@ -38,6 +38,9 @@ class Resizer:
         before = self._state.mapping.size
         self._check(size, before, shrink=shrink, preallocation=preallocation)
         if size > before:
+            if self._state.metadata.data_file_raw and preallocation == "off":
+                # Others may write the data file as the raw disk that it is: all of it is mapped.
+                preallocation = "metadata"
             self._grow(before, size, preallocation)
         elif size < before:
             self._shrink(before, size)
