@@ -234,6 +234,13 @@ def _lose_counts(image: BuiltImage) -> None:
         set_count(image, host_of(image, index), 0)
 
 
+def _take_for_table(image: BuiltImage) -> None:
+    """The second L1 entry leads to the snapshot table."""
+    table = int.from_bytes(image.data[64:72], "big")
+    image.patch(image.places["l1"] + 8, table)
+    set_count(image, table, 2)
+
+
 SNAPSHOT = [SnapshotSpec(id="1", name="first")]
 TWO = [SnapshotSpec(id="1"), SnapshotSpec(id="2", clusters={0: b"own", 7: b"other"})]
 EXTENDED: dict[str, Any] = {
@@ -348,6 +355,14 @@ DAMAGES: dict[str, Damage] = {
         "SNAPSHOTS",
         "RAISED",
         "BITS",
+        snapshots=SNAPSHOT,
+    ),
+    "snapshot table that is an L2 table": _damage(
+        _all(lambda i: spoil_snapshots(i, extra=8), _take_for_table),
+        "SNAPSHOTS",
+        "RAISED",
+        "ENTRY",
+        left=3,
         snapshots=SNAPSHOT,
     ),
     "snapshot table and refcounts": _damage(

@@ -121,6 +121,7 @@ def test_no_moment_of_any_repair_is_worse_than_before(seed: int) -> None:
 BARRIERS = {
     "repair: unknown autoclear bits cleared": "unknown autoclear bits",
     "repair: snapshot table written": "snapshot with too much extra data",
+    "repair: snapshot table switched": "snapshot table that is an L2 table",
     "repair: refcounts written": "no refcount table",
     "repair: refcounts switched": "shared and a bad table",
     "repair: counts raised": "shared",

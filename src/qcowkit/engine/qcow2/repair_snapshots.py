@@ -74,8 +74,7 @@ def rewrite_snapshots(
 ) -> Qcow2Metadata:
     """Write the table anew, count its clusters, and switch to it. Returns the new metadata.
 
-    The caller waits for a barrier before it lowers a count: the old table is still in use until the
-    switch is durable. Raises OperationError, with nothing changed, where it has no place."""
+    Raises OperationError, with nothing changed, where it has no place."""
     size, file_size = metadata.cluster_size, run.storage.size()
     clusters = ceil_div(len(damage.table), size)
     first = begin_of_room(run, audit)
@@ -98,6 +97,7 @@ def rewrite_snapshots(
     run.wait("snapshot table written")
     place = _PLACE.pack(damage.count, switched.header.snapshots_offset)
     run.write(place, offset=FIELD_OFFSETS["nb_snapshots"])
+    run.wait("snapshot table switched")
     run.changes.add_many(
         ChangeKind.SNAPSHOTS, len(damage.reasons), lambda number: damage.reasons[number]
     )
