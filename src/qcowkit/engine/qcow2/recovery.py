@@ -15,7 +15,7 @@ from qcowkit.engine.qcow2.allocator import Allocator
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.overlap import OverlapGuard
-from qcowkit.engine.qcow2.recovery_plan import FullRepairNeeded, RecoveryPlan, plan_recovery
+from qcowkit.engine.qcow2.recovery_plan import FullRepairNeeded, RecoveryPlan, load_recovery_plan
 from qcowkit.engine.qcow2.refcount_store import RefcountStore
 from qcowkit.engine.qcow2.refcounts import load_refcount_table
 from qcowkit.engine.qcow2.repair import repair_for_writing
@@ -86,7 +86,7 @@ class _Recovery:
 
     def run(self) -> Qcow2Metadata:
         refcounts, barriers = self._refcounts, self._barriers
-        plan = plan_recovery(self._storage, self._metadata, self._record, refcounts=refcounts)
+        plan = load_recovery_plan(self._storage, self._metadata, self._record, refcounts=refcounts)
         allocator = self._make_blocks(plan)
         refcounts.raise_to(plan.clusters, plan.counts)
         for place, word in plan.words:

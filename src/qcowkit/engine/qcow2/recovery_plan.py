@@ -71,7 +71,7 @@ class _Entries:
         return flags
 
 
-def plan_recovery(
+def load_recovery_plan(
     storage: Storage, metadata: Qcow2Metadata, record: DirtyTables, *, refcounts: RefcountStore
 ) -> RecoveryPlan:
     """Look at what `record` names. refcounts: as they are stored.
