@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 from qcowkit.cli.create_options import parse_create_options
+from qcowkit.cli.table import VERBS
 from qcowkit.engine.qcow2.spec import refuse_compressed_data_file
 from qcowkit.errors import QcowkitError
 from qcowkit.image import registry
@@ -62,12 +63,20 @@ _VALUED = {"create": "fobF", "convert": "OfFoBlSmtTr", "measure": "Ofol"}
 def install(name: str) -> None:
     """Make `name` the variant of this process; before any test module is imported.
 
-    The package has no ambient configuration, so its doors are wrapped from outside."""
+    The package has no ambient configuration, so its doors are wrapped from outside: what tests
+    import, and what the command line calls. All else is loaded before, and makes what it wants."""
     variant = VARIANTS[name]
+    verbs = {verb.name: verb.load() for verb in VERBS}
     ImageSpec.__init__ = _varied_init(variant, ImageSpec.__init__)  # type: ignore[method-assign]
-    create.create_image = _varied_create(variant, create.create_image)
-    convert.convert = _varied_convert(variant, convert.convert)
-    measure.measure = _varied_measure(variant, measure.measure)
+    varied = _varied_create(variant, create.create_image)
+    for module in (create, verbs["create"]):
+        module.create_image = varied  # type: ignore[union-attr]
+    varied = _varied_convert(variant, convert.convert)
+    for module in (convert, verbs["convert"], verbs["dd"]):
+        module.convert = varied  # type: ignore[union-attr]
+    varied = _varied_measure(variant, measure.measure)
+    for module in (measure, verbs["measure"]):
+        module.measure = varied  # type: ignore[union-attr]
     if "data_file" in variant.created:
         registry.open_chain = _lenient_open(registry.open_chain)
 
@@ -125,7 +134,7 @@ def _clusters_of(tables: Iterable[Clusters]) -> Iterable[Any]:
 def _payload(cluster: Any) -> bytes:
     if isinstance(cluster, bytes):
         return cluster
-    return (cluster.payload or b"") if isinstance(cluster, Data | Zero) else b""
+    return (cluster.payload or b"") if isinstance(cluster, Data | Zero | Compressed) else b""
 
 
 # Created images

@@ -211,6 +211,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.pinned("the message names the target", "data_file")
 @pytest.mark.parametrize(
     "flags",
     [["-O", "raw"], ["-O", "qcow2"], ["-O", "qcow2", "-c"], ["-O", "vpc"], ["-S", "0"]],
@@ -245,6 +246,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.pinned("the message names the target", "data_file")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts file systems")
 @pytest.mark.parametrize(
     "flags",

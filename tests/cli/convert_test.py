@@ -104,6 +104,7 @@ def test_a_compressed_target_of_another_format_is_refused(raw: Path, tmp_path: P
     assert done.err == "qcow convert: -c: vpc images cannot be compressed, only qcow2\n"
 
 
+@pytest.mark.pinned("small clusters leave no choice", "cluster_size=512")
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_a_higher_level_is_smaller(tmp_path: Path, kind: str) -> None:
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -118,6 +119,7 @@ def test_a_higher_level_is_smaller(tmp_path: Path, kind: str) -> None:
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.pinned("levels of zlib", "compression_type=zstd")
 @pytest.mark.parametrize(
     ("level", "message"),
     [
@@ -136,6 +138,7 @@ def test_a_level_that_is_none_is_refused(
     assert not target.exists()
 
 
+@pytest.mark.pinned("the header names the data file", "data_file")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -170,6 +173,7 @@ def test_a_flag_may_follow_the_operands(raw: Path, disk: bytes, tmp_path: Path) 
 # Backing files and snapshots
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 @pytest.mark.parametrize("compat", ["1.1", "0.10"])
 @pytest.mark.parametrize("flags", [[], ["-c"]])
 def test_only_what_lies_above_the_base_is_copied(
@@ -370,6 +374,7 @@ def damaged(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 @pytest.mark.parametrize("format", ["raw", "qcow2", "vpc"])
 def test_salvage_writes_zeros_for_what_is_lost_and_says_so(damaged: Path, format: str) -> None:
     target = damaged.with_name("saved")
@@ -404,6 +409,7 @@ def test_compressed_clusters_travel_as_they_are(raw: Path, tmp_path: Path) -> No
     assert_clean(second)
 
 
+@pytest.mark.pinned("small clusters leave no choice", "cluster_size=512")
 def test_a_level_compresses_anew(raw: Path, disk: bytes, tmp_path: Path) -> None:
     first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
     qcow("convert", "-c", "-O", "qcow2", raw, first)

@@ -200,6 +200,7 @@ def test_a_base_that_qemu_reads_below_an_overlay_is_not_written() -> None:
             held_by_us("qcow2", "base", writable=True).__enter__()
 
 
+@pytest.mark.pinned("a data file is unsafe", "data_file")
 def test_inspect_asks_for_no_lock() -> None:
     make("qcow2")
     with held_by_qemu("qcow2"):

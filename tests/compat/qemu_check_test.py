@@ -24,6 +24,7 @@ PEERS: dict[str, tuple[str, Sequence[str]]] = {
 }
 
 
+@pytest.mark.pinned("snapshots and compressed clusters", "refcount_bits=1", "data_file")
 @pytest.mark.peer("qemu-img", "qemu-io")
 @pytest.mark.parametrize(("options", "commands"), PEERS.values(), ids=PEERS)
 @pytest.mark.parametrize("snapshot", [False, True])
@@ -42,6 +43,7 @@ def test_the_json_equals_that_of_qemu_img(
     assert qcow("check", "--output=json", path).json() == theirs
 
 
+@pytest.mark.pinned("counts of 2 and more", "refcount_bits=1")
 @pytest.mark.peer("qemu-img")
 @pytest.mark.parametrize("value", [0, 2])
 def test_damaged_refcounts_are_counted_as_by_qemu_img(tmp_path: Path, value: int) -> None:

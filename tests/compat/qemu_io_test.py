@@ -310,6 +310,9 @@ def run_twins(kind: Kind, seed: int, folder: Path) -> None:
         check_clean(theirs, kind)
 
 
+@pytest.mark.pinned(
+    "scripts for kinds of their own", "compat=0.10", "data_file", "cluster_size=512"
+)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_the_same_commands_give_the_same_answers_and_the_same_disk(

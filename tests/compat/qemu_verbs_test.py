@@ -51,6 +51,7 @@ def qemu_raw(path: str, *options: str, format: str = "qcow2") -> bytes:
 # Snapshots
 
 
+@pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,6 +79,7 @@ def test_snapshots_of_qemu_are_read(options: str) -> None:
     assert read(IMAGE) == qemu_raw(IMAGE)
 
 
+@pytest.mark.pinned("snapshots of several sizes", "refcount_bits=1", "compat=0.10", "data_file")
 def test_a_snapshot_keeps_its_own_size_and_can_have_the_current_one() -> None:
     create(IMAGE, MiB)
     write(IMAGE, "write -P 5 0 1M")
@@ -91,6 +93,7 @@ def test_a_snapshot_keeps_its_own_size_and_can_have_the_current_one() -> None:
     assert Path("own.raw").read_bytes() == b"\x05" * MiB
 
 
+@pytest.mark.pinned("snapshots and bitmaps", "refcount_bits=1", "compat=0.10", "data_file")
 def test_an_image_with_snapshots_and_bitmaps_is_found_clean() -> None:
     create(IMAGE, 2 * MiB, "-o", "cluster_size=4k")
     run_peer("qemu-img", "bitmap", "--add", IMAGE, "b0")
@@ -220,6 +223,7 @@ def test_a_raw_disk_is_measured_as_by_qemu(options: str) -> None:
     assert_measured_alike("-f", "raw", "disk.raw", options=options)
 
 
+@pytest.mark.pinned("bitmaps", "compat=0.10")
 @pytest.mark.parametrize("target", ["cluster_size=4k", "cluster_size=64k", "compat=0.10"])
 @pytest.mark.parametrize("grains", [("64k",), ("512", "1M", "4k")])
 def test_bitmaps_are_measured_as_by_qemu(target: str, grains: tuple[str, ...]) -> None:
@@ -236,6 +240,7 @@ def test_a_raw_target_is_measured_as_by_qemu() -> None:
     assert qcow("measure", "--output=json", "-O", "raw", IMAGE).json() == expected
 
 
+@pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
 def test_a_snapshot_is_measured_as_by_qemu() -> None:
     create(IMAGE, 4 * MiB)
     write(IMAGE, "write 0 1M")
@@ -297,6 +302,7 @@ def test_compare_ends_as_that_of_qemu(kind: str, strict: list[str]) -> None:
         run_peer("qemu-img", "compare", *flags, status=found.code)
 
 
+@pytest.mark.pinned("compressed clusters have no holes", "extended_l2")
 def test_a_compressed_copy_is_allocated_alike() -> None:
     """qemu's -s also asks that both be compressed or neither, which its manual does not say."""
     make_pair("same")
@@ -312,6 +318,7 @@ def test_compare_ends_with_2_where_a_disk_is_missing() -> None:
         run_peer("qemu-img", "compare", *pair, status=2)
 
 
+@pytest.mark.pinned("one compressed cluster of 64 KiB", "data_file", "cluster_size=512")
 def test_compare_ends_with_4_where_a_disk_cannot_be_read() -> None:
     create("a.qcow2", MiB)
     write("a.qcow2", "write -c -P 1 0 64k")

@@ -144,6 +144,7 @@ def test_a_target_that_is_there_has_been_made_durable_first(
     assert calls.log[-1] == "fsync"
 
 
+@pytest.mark.pinned("counts the files", "data_file")
 @pytest.mark.parametrize(
     "options",
     [
@@ -171,6 +172,7 @@ def test_a_creation_that_fails_leaves_the_old_target(
         assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.pinned("counts the files", "data_file")
 @pytest.mark.parametrize("kind", ["raw", "qcow2", "qcow2 compressed", "vhd"])
 def test_a_source_that_fails_leaves_the_old_target(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "target"

@@ -252,6 +252,7 @@ def accepts(options: dict[str, int], *, virtual_size: int) -> bool:
     return True
 
 
+@pytest.mark.pinned("sizes for clusters of 64 KiB", "cluster_size=512")
 @pytest.mark.peer("qemu-io", "qemu-img")
 def test_qemu_accepts_and_refuses_the_same_options(tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"

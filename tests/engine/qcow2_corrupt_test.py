@@ -70,6 +70,7 @@ def is_fit(rig: Rig) -> None:
     assert rig.read(5 * SIZE, 3) == b"fit"
 
 
+@pytest.mark.pinned("feature bits", "compat=0.10")
 def test_a_malformed_entry_is_corruption_and_reads_of_good_data_go_on() -> None:
     rig = Rig(spoil_entry())
     with pytest.raises(CorruptMetadata, match=r"L2 table at host offset 0x\w+, entry 3: data cl"):
@@ -92,6 +93,7 @@ def test_a_version_2_image_has_no_bit_but_is_refused_as_well() -> None:
     assert rig.memory.to_bytes() == before
 
 
+@pytest.mark.pinned("writes a count of 16 bits", "refcount_bits=64")
 def test_a_count_below_zero_is_corruption() -> None:
     rig = Rig(count_below_zero())
     rig.chain.discard(offset=0, length=SIZE)
@@ -103,6 +105,7 @@ def test_a_count_below_zero_is_corruption() -> None:
     assert rig.read(SIZE, SIZE) == GUEST[SIZE : 2 * SIZE]
 
 
+@pytest.mark.pinned("feature bits", "compat=0.10")
 @pytest.mark.parametrize("place", ["l1", "refcount_table", "refcount_block", "l2"])
 def test_an_entry_that_leads_to_metadata_is_corruption(place: str) -> None:
     rig = Rig(lead_to(place))
@@ -123,6 +126,9 @@ def test_copied_without_an_offset_means_nothing_and_leads_nowhere() -> None:
     rig.assert_clean()
 
 
+@pytest.mark.pinned(
+    "writes counts of 16 bits, reads feature bits", "refcount_bits=64", "compat=0.10"
+)
 def test_free_clusters_that_hold_metadata_are_not_given_out() -> None:
     built = build_qcow2(clusters=CLUSTERS)
     place = built.places["l1"]
@@ -133,6 +139,9 @@ def test_free_clusters_that_hold_metadata_are_not_given_out() -> None:
     assert rig.reopened().corrupt
 
 
+@pytest.mark.pinned(
+    "writes counts of 16 bits, reads feature bits", "refcount_bits=64", "compat=0.10"
+)
 def test_the_header_is_not_given_out_though_it_counts_as_free() -> None:
     built = build_qcow2(clusters=CLUSTERS)
     built.patch(built.places["refcount_block"], 0, width=2)
@@ -142,6 +151,7 @@ def test_the_header_is_not_given_out_though_it_counts_as_free() -> None:
     assert rig.reopened().corrupt
 
 
+@pytest.mark.pinned("writes the feature bits", "compat=0.10", "compression_type=zstd")
 def test_an_image_with_the_corrupt_bit_is_not_opened_for_writing() -> None:
     built = build_qcow2(clusters=CLUSTERS).set_field("incompatible_features", 2)
     with pytest.raises(CorruptMetadata, match="the corrupt bit is set: the image can be read"):

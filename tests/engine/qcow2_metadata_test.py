@@ -45,6 +45,13 @@ def load(image: BuiltImage, **options: Any) -> Qcow2Metadata:
     return load_qcow2_metadata(storage, budget=options.pop("budget", TRUSTED), **options)
 
 
+@pytest.mark.pinned(
+    "bytes of the plain header and layout",
+    "extended_l2",
+    "compat=0.10",
+    "compression_type=zstd",
+    "cluster_size=512",
+)
 @pytest.mark.parametrize(
     "case", ALL_ROWS, ids=[f"row-{case.number}-{index}" for index, case in enumerate(ALL_ROWS)]
 )
@@ -55,6 +62,7 @@ def test_a_file_that_breaks_a_row_is_refused_with_its_message(case: Row) -> None
     assert str(caught.value) == case.says
 
 
+@pytest.mark.pinned("a disk of the largest size", "extended_l2")
 @pytest.mark.parametrize(
     "case", ALL_ROWS, ids=[f"row-{case.number}-{index}" for index, case in enumerate(ALL_ROWS)]
 )
@@ -75,6 +83,7 @@ def test_row_6_unknown_header_bytes_are_kept() -> None:
     assert metadata.backing_name == "b"
 
 
+@pytest.mark.pinned("writes the feature bits", "compat=0.10", "compression_type=zstd")
 @pytest.mark.parametrize("bit", [Incompatible.DIRTY, Incompatible.CORRUPT])
 def test_row_10_a_dirty_or_corrupt_image_opens_for_reading_and_is_not_touched(
     bit: Incompatible,
@@ -89,6 +98,7 @@ def test_row_10_a_dirty_or_corrupt_image_opens_for_reading_and_is_not_touched(
     assert storage.to_bytes() == image.to_bytes()
 
 
+@pytest.mark.pinned("feature bits", "compat=0.10")
 def test_row_11_unknown_compatible_and_autoclear_bits_are_let_pass() -> None:
     image = build_qcow2()
     image.set_field("compatible_features", 1 << 40 | Compatible.LAZY_REFCOUNTS)
@@ -104,6 +114,7 @@ def test_row_17_a_check_may_open_an_image_without_a_refcount_table() -> None:
     assert load(image, for_check=True).header.refcount_table_clusters == 0
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "cluster_size=512")
 def test_row_20_a_file_may_end_inside_its_last_table() -> None:
     image = build_qcow2(l1_size=500)
     table = image.data[0x1000:0x2000]
@@ -152,6 +163,7 @@ TABLE_ENTRIES = [
 ]
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "extended_l2", "cluster_size=512")
 @pytest.mark.parametrize(("word", "says"), TABLE_ENTRIES)
 def test_row_36_a_malformed_bitmap_table_entry_is_refused(word: int, says: str) -> None:
     image = build_qcow2(bitmaps=[BitmapSpec(name="b", bits=b"\1")])
@@ -164,6 +176,7 @@ def test_row_36_a_malformed_bitmap_table_entry_is_refused(word: int, says: str) 
     assert str(caught.value) == says
 
 
+@pytest.mark.pinned("offsets for clusters of 4 KiB", "extended_l2")
 def test_a_bitmap_table_gives_offsets_and_both_short_forms() -> None:
     image = build_qcow2(bitmaps=[BitmapSpec(name="b", granularity_bits=9)], size=1 << 26)
     metadata = load(image)
@@ -184,6 +197,7 @@ def test_version_2_has_extensions_where_version_3_has_feature_bits() -> None:
     )
 
 
+@pytest.mark.pinned("bytes of the plain header", "compat=0.10", "compression_type=zstd")
 def test_a_header_of_104_bytes_is_read() -> None:
     metadata = load(build_qcow2().set_field("header_length", 104))
     assert (metadata.header.header_length, metadata.compression_type) == (104, "zlib")
@@ -235,6 +249,7 @@ def test_encryption_is_recognised_and_does_not_hinder_loading(
     assert load(build_qcow2(**spec)).encrypted == method
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "cluster_size=512")
 def test_snapshots_carry_all_that_is_recorded() -> None:
     spec = SnapshotSpec(
         id="7",
@@ -327,6 +342,7 @@ def test_a_budget_is_refused_before_anything_is_loaded(budget: Budget, says: str
     assert str(caught.value) == says
 
 
+@pytest.mark.pinned("a disk of the largest size", "extended_l2")
 def test_a_huge_sparse_image_is_described_from_a_few_bytes() -> None:
     image = build_qcow2(cluster_bits=21, size=4096)
     image.set_field("size", 1 * EiB)
@@ -346,6 +362,13 @@ class CountingStorage(MemoryStorage):
         return super().pread(length, offset=offset)
 
 
+@pytest.mark.pinned(
+    "bytes of the plain header and layout",
+    "extended_l2",
+    "compat=0.10",
+    "compression_type=zstd",
+    "cluster_size=512",
+)
 @pytest.mark.parametrize("case", ALL_ROWS, ids=lambda case: f"row-{case.number}")
 def test_a_refusal_reads_little(case: Row) -> None:
     storage = CountingStorage(spoiled(case).to_bytes())

@@ -78,6 +78,7 @@ def test_zeros_beside_the_data_are_not_written_where_the_file_never_was() -> Non
     assert rig.file.of("zero", "allocate", "truncate") == []
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "compat=0.10")
 @pytest.mark.parametrize("below", [None, b"", BASE[:SIZE]])
 def test_zeros_of_a_cluster_that_was_used_before_come_with_the_data(below: bytes | None) -> None:
     """S001-23: one write of a whole cluster, no call of its own for the zeros."""
@@ -160,6 +161,7 @@ def test_a_shared_cluster_is_left_to_the_snapshot() -> None:
     rig.assert_clean()
 
 
+@pytest.mark.pinned("several compressed clusters in one", "cluster_size=512")
 def test_a_compressed_cluster_is_unpacked_into_a_new_one() -> None:
     packed = Rig(size=MiB)
     packed.chain.write_compressed(b"ab" * (SIZE // 2), offset=0)
@@ -263,6 +265,7 @@ def test_nothing_is_written_behind_the_end_of_the_disk() -> None:
     assert rig.data.size() == 3 * SIZE - 512
 
 
+@pytest.mark.pinned("one L2 table", "cluster_size=512")
 def test_consecutive_writes_end_up_side_by_side() -> None:
     rig = Rig()
     for index in range(20):
@@ -299,6 +302,7 @@ def test_a_zero_entry_loses_its_flag() -> None:
     assert rig.word(0) == rig.host(0) | COPIED
 
 
+@pytest.mark.pinned("bytes compressed by the test", "compression_type=zstd", "cluster_size=512")
 def test_a_compressed_cluster_of_the_builder_is_read_before_it_is_changed() -> None:
     source = Rig(size=MiB)
     source.chain.write_compressed(GUEST[:100] * 40 + bytes(96), offset=0)

@@ -103,6 +103,7 @@ def damage(request: pytest.FixtureRequest) -> Damage:
 # Every damage
 
 
+@pytest.mark.pinned("writes counts of 16 bits", "refcount_bits=64")
 def test_a_repair_changes_what_is_wrong_and_nothing_else(damage: Damage) -> None:
     repaired, changes = repair(MemoryStorage(damage.make().to_bytes()))
     assert kinds(changes) == damage.kinds

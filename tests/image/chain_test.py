@@ -295,6 +295,7 @@ def test_small_reads_of_one_cluster_decode_it_once(monkeypatch: pytest.MonkeyPat
     assert len(decoded) == 1
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2", "cluster_size=512")
 def test_neighbours_in_the_file_share_a_read() -> None:
     image = qcow2_image(size=128 * KiB, clusters=packed(32))
     storage = RecordingStorage(image.storage)
@@ -306,6 +307,7 @@ def test_neighbours_in_the_file_share_a_read() -> None:
     assert len(storage.of("pread")) == 1
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 def test_a_damaged_cluster_is_named_by_its_place() -> None:
     image = qcow2_image(size=8 * KiB, clusters={0: Compressed(payload=b"\xff" * 100)})
     (row, _) = image.extents(start=0, length=8 * KiB)
@@ -356,6 +358,7 @@ def test_holes_of_a_flat_file_are_present_zeros(
             assert row.flags & Flag.PRESENT
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2", "cluster_size=512")
 def test_holes_under_data_extents_are_zero_as_well() -> None:
     image = qcow2_image(
         size=16 * KiB, clusters={0: b"a" * 4096, 1: b"b" * 4096, 3: Zero(payload=b"c" * 4096)}

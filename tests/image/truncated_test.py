@@ -22,6 +22,7 @@ def make_image(folder: Path) -> tuple[Path, bytes]:
     return image, content
 
 
+@pytest.mark.pinned("cuts the data with the image", "data_file")
 @pytest.mark.parametrize("kept", [MiB, 3 * MiB, 4 * MiB])
 def test_a_cluster_beyond_the_end_of_a_cut_file_is_an_error(tmp_path: Path, kept: int) -> None:
     image, _ = make_image(tmp_path)
@@ -36,6 +37,7 @@ def test_a_cluster_beyond_the_end_of_a_cut_file_is_an_error(tmp_path: Path, kept
         disk.read(offset=0, length=disk.size)
 
 
+@pytest.mark.pinned("cuts the data with the image", "data_file")
 def test_a_conversion_of_a_cut_file_makes_nothing(tmp_path: Path) -> None:
     image, _ = make_image(tmp_path)
     os.truncate(image, 2 * MiB)
@@ -44,6 +46,7 @@ def test_a_conversion_of_a_cut_file_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out.raw").exists()
 
 
+@pytest.mark.pinned("cuts the data with the image", "data_file")
 def test_what_is_left_of_a_cut_file_can_be_read_and_salvaged(tmp_path: Path) -> None:
     image, content = make_image(tmp_path)
     os.truncate(image, 2 * MiB)
@@ -57,6 +60,7 @@ def test_what_is_left_of_a_cut_file_can_be_read_and_salvaged(tmp_path: Path) -> 
     assert (tmp_path / "out.raw").read_bytes()[:lost] == content[:lost]
 
 
+@pytest.mark.pinned("clusters of 64 KiB", "cluster_size=512")
 def test_a_file_may_end_within_its_last_cluster(tmp_path: Path) -> None:
     image, content = make_image(tmp_path)
     # The last cluster of the disk is half a kilobyte short: its file may be, too.

@@ -361,6 +361,13 @@ EXTENDED_FAULTS: dict[str, tuple[int, int, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.pinned(
+    "host offsets of the plain layout",
+    "extended_l2",
+    "refcount_bits=1",
+    "refcount_bits=64",
+    "cluster_size=512",
+)
 @pytest.mark.parametrize(("changes", "spoil", "expected"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_reported_with_its_place(
     changes: dict[str, Any], spoil: Spoil, expected: str
@@ -383,6 +390,7 @@ def test_a_fault_of_an_extended_entry_is_reported(word: int, bitmap: int, reason
     assert result.verdict is Verdict.CORRUPT
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "extended_l2", "cluster_size=512")
 def test_a_faulty_entry_does_not_hide_the_next() -> None:
     image = make()
     entry(image, 0, 0x3200)
@@ -410,6 +418,9 @@ def test_a_table_that_the_file_cuts_is_reported() -> None:
     )
 
 
+@pytest.mark.pinned(
+    "writes counts of 16 bits", "extended_l2", "refcount_bits=1", "refcount_bits=64"
+)
 def test_refcounts_of_a_cut_file_are_not_reported_beside_its_entries() -> None:
     image = make()
     # Both data clusters move behind the end; their refcounts go with them.
@@ -422,6 +433,9 @@ def test_refcounts_of_a_cut_file_are_not_reported_beside_its_entries() -> None:
     assert result.leaks == 0
 
 
+@pytest.mark.pinned(
+    "writes the feature bits", "extended_l2", "compat=0.10", "compression_type=zstd"
+)
 def test_the_dirty_and_the_corrupt_bit_are_noted_and_are_no_fault() -> None:
     image = make().set_field("incompatible_features", 3)
     result = check(image)
@@ -430,6 +444,7 @@ def test_the_dirty_and_the_corrupt_bit_are_noted_and_are_no_fault() -> None:
     assert any("corrupt bit" in note for note in result.notes)
 
 
+@pytest.mark.pinned("entries of 8 bytes", "extended_l2")
 def test_only_the_first_thousand_findings_are_kept_and_all_are_counted() -> None:
     clusters = {index: Verbatim(word=1 << 40 | index << 12) for index in range(1500)}
     result = check(build_qcow2(size=8 * MiB, clusters=clusters))
@@ -463,6 +478,7 @@ def test_a_check_can_be_cancelled() -> None:
         check_storage(MemoryStorage(make().to_bytes()), cancel=cancel)
 
 
+@pytest.mark.pinned("host offsets of the plain layout", "extended_l2", "cluster_size=512")
 def test_progress_ends_at_its_total() -> None:
     seen: list[tuple[int, int]] = []
     storage = MemoryStorage(make(size=64 * MiB, clusters={0: b"a", 9000: b"b"}).to_bytes())
@@ -510,6 +526,13 @@ def test_the_gravest_finding_is_the_verdict(counts: dict[str, Any], verdict: Ver
     assert CheckResult(filename="a", format="qcow2", **counts).verdict is verdict
 
 
+@pytest.mark.pinned(
+    "host offsets of the plain layout",
+    "extended_l2",
+    "refcount_bits=1",
+    "refcount_bits=64",
+    "cluster_size=512",
+)
 def test_the_text_says_the_verdict_first_and_lists_what_was_found() -> None:
     image = set_count(make(), 0x3000, 2)
     entry(image, 1, COPIED | 0x4000 | 0x10)
@@ -521,6 +544,7 @@ def test_the_text_says_the_verdict_first_and_lists_what_was_found() -> None:
     assert lines[-1] == "image end  28 KiB (28672 bytes)"
 
 
+@pytest.mark.pinned("writes counts of 16 bits", "refcount_bits=1")
 def test_the_command_gives_the_exit_codes_of_qemu_img(tmp_path: Path) -> None:
     cases = ((make(), 0), (set_count(make(), 0, 2), 3), (entry(make(), 0, 0x3200), 2))
     for number, (image, code) in enumerate(cases):

@@ -292,6 +292,7 @@ def test_the_host_copies_long_runs_into_every_format(format: str, copy_range: bo
     assert content("t", format=format) == padded(data)
 
 
+@pytest.mark.pinned("clusters of 64 KiB", "cluster_size=512")
 def test_the_host_copies_no_further_than_the_source_file_reaches() -> None:
     copy_of_size(8 * 64 * KiB)
     size = Path("s.qcow2").stat().st_size
@@ -401,6 +402,7 @@ def test_one_bit_refcounts_give_every_compressed_cluster_its_own() -> None:
     check_image("t.qcow2")
 
 
+@pytest.mark.pinned("small clusters are rarely compressed", "cluster_size=512")
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_compressed_clusters_travel_as_they_are(kind: str) -> None:
     data = b"".join(bytes([index & 255]) * 700 for index in range(1500))
@@ -552,6 +554,7 @@ def test_a_size_below_the_source_is_refused() -> None:
         copy("s.raw", "t", source_format="raw", format="raw", create={"size": 512})
 
 
+@pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
 def test_a_snapshot_is_a_source_of_its_own() -> None:
     peer("qemu-img")
     copy_of_size(256 * KiB)

@@ -80,6 +80,7 @@ def test_other_formats_have_the_size_that_was_asked_for(format: str, size: int) 
         assert disk.size == made.size == -(-size // 512) * 512
 
 
+@pytest.mark.pinned("a disk larger than a file may be", "extended_l2", "data_file")
 def test_a_sparse_image_of_64_tib_is_small() -> None:
     create("disk.qcow2", size=64 * TiB)
     assert Path("disk.qcow2").stat().st_size < 2 * MiB
@@ -177,6 +178,7 @@ def test_every_option_is_kept() -> None:
         assert (metadata.compression_type, metadata.lazy_refcounts) == ("zstd", True)
 
 
+@pytest.mark.pinned("the defaults are what is shown", "cluster_size=512")
 def test_what_was_made_is_shown_in_order() -> None:
     shown = create("disk.qcow2", size=MiB, preallocation="metadata").shown()
     assert list(shown) == sorted(shown)

@@ -38,6 +38,7 @@ def read_all(path: Path) -> bytes:
         return disk.read(offset=0, length=disk.size)
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 @pytest.mark.parametrize(
     "values",
     [
@@ -67,6 +68,7 @@ def test_a_qcow2_target_keeps_its_options_and_its_size(
     )
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 def test_zeros_of_the_source_hide_a_backing_file_that_stays(tmp_path: Path, compat: str) -> None:
     (tmp_path / "base.raw").write_bytes(b"\xaa" * MiB)
@@ -77,6 +79,7 @@ def test_zeros_of_the_source_hide_a_backing_file_that_stays(tmp_path: Path, comp
     assert read_all(target) == content
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 def test_what_the_source_does_not_reach_still_shows_the_backing_file(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(b"\xaa" * MiB)
     target = tmp_path / "target.qcow2"
@@ -85,6 +88,7 @@ def test_what_the_source_does_not_reach_still_shows_the_backing_file(tmp_path: P
     assert read_all(target) == bytes(128 * KiB) + b"\xaa" * (MiB - 128 * KiB)
 
 
+@pytest.mark.pinned("clusters of 64 KiB", "data_file", "cluster_size=512")
 def test_a_source_that_ends_within_a_cluster_over_a_backing_file_is_refused(
     tmp_path: Path,
 ) -> None:
@@ -104,6 +108,7 @@ def test_a_source_that_does_not_fit_is_refused_and_the_target_stays(tmp_path: Pa
     assert target.read_bytes() == before
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 def test_data_beyond_the_end_of_the_source_is_not_thrown_away(tmp_path: Path) -> None:
     target = tmp_path / "target.qcow2"
     make_target(target, size=2 * MiB)
@@ -141,6 +146,7 @@ def test_an_existing_data_file_is_never_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "target.qcow2").exists()
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 @pytest.mark.parametrize("role", [Role.READER, Role.WRITER])
 @pytest.mark.parametrize(("format", "word"), [("qcow2", "replaced"), ("raw", "written")])
 def test_a_target_that_is_in_use_is_left_alone(
@@ -158,6 +164,7 @@ def test_a_target_that_is_in_use_is_left_alone(
     assert target.read_bytes() != before
 
 
+@pytest.mark.pinned("-n refuses a data file", "data_file")
 @pytest.mark.parametrize("format", ["qcow2", "raw"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_nobody_can_use_the_target_while_it_is_written(

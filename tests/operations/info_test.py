@@ -176,6 +176,7 @@ def test_luks_is_described_without_a_key() -> None:
     assert [slot["active"] for slot in slots] == [True, False, False, True] + [False] * 4
 
 
+@pytest.mark.pinned("the options are what is shown")
 def test_the_text_shows_everything_in_columns() -> None:
     image = build_qcow2(
         backing_name="base.raw",
@@ -231,6 +232,9 @@ disk usage    512 B"""
     )
 
 
+@pytest.mark.pinned(
+    "the options are what is shown", "refcount_bits=1", "refcount_bits=64", "compression_type=zstd"
+)
 @pytest.mark.parametrize(
     ("image", "line"),
     [

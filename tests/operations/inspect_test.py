@@ -86,6 +86,7 @@ def test_a_data_file_makes_unsafe() -> None:
     assert codes(spec(data_file_name="/etc/shadow")) == ["data-file"]
 
 
+@pytest.mark.pinned("writes the feature bits", "compression_type=zstd")
 def test_a_data_file_that_is_named_and_not_used_makes_unsafe_too() -> None:
     image = build_qcow2(ImageSpec(data_file_name="/etc/shadow"))
     image.set_field("incompatible_features", 0)
@@ -97,6 +98,7 @@ def test_a_vhd_parent_makes_unsafe() -> None:
     assert codes(child.build()) == ["parent"]
 
 
+@pytest.mark.pinned("writes the feature bits", "compat=0.10", "compression_type=zstd")
 @pytest.mark.parametrize(
     ("bit", "code"), [(Incompatible.DIRTY, "dirty"), (Incompatible.CORRUPT, "corrupt")]
 )
@@ -105,6 +107,7 @@ def test_the_dirty_and_the_corrupt_bit_make_unsafe(bit: Incompatible, code: str)
     assert codes(image.to_bytes()) == [code]
 
 
+@pytest.mark.pinned("feature bits", "compat=0.10")
 def test_an_unknown_feature_makes_unsafe() -> None:
     image = build_qcow2().set_field("incompatible_features", 1 << 40)
     assert codes(image.to_bytes()) == ["unknown-feature"]
@@ -152,6 +155,7 @@ def test_two_formats_in_one_file_make_unsafe() -> None:
     assert verdict.reasons[0].text == "the content is qcow2 and vpc at once, expected one format"
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 def test_an_l2_table_that_is_named_twice_makes_unsafe() -> None:
     image = build_qcow2(ImageSpec(size=8 * MiB, clusters={0: b"x"}))
     image.patch(image.places["l1"] + 8, image.places["l2"])
@@ -204,6 +208,7 @@ def test_a_vhd_block_that_is_named_twice_makes_unsafe() -> None:
     assert reason.text.startswith("2 entries of the block allocation table name the sector")
 
 
+@pytest.mark.pinned("writes the feature bits", "compat=0.10", "compression_type=zstd")
 def test_several_reasons_are_all_given() -> None:
     image = build_qcow2(ImageSpec(backing_name="a", backing_format="raw"))
     image.set_field("incompatible_features", int(Incompatible.DIRTY))

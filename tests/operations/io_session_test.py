@@ -202,6 +202,7 @@ def test_a_failed_asynchronous_read_is_told_as_qemu_io_does(session: IoSession) 
     assert all_said(session, "aio_read 64k 1", "aio_flush") == ["readv failed: Input/output error"]
 
 
+@pytest.mark.pinned("compressed clusters of 64 KiB", "data_file", "cluster_size=512")
 def test_compressed_clusters_are_whole_and_new(qcow2: IoSession) -> None:
     said(qcow2, "write -c -P 5 64k 128k", "read -P 5 64k 128k")
     misplaced = qcow2.run("write -c 512 64k")
@@ -285,6 +286,7 @@ def test_length_is_told_as_a_size(session: IoSession) -> None:
     assert said(session, "length") == ["64 KiB"]
 
 
+@pytest.mark.pinned("zero clusters", "compat=0.10")
 def test_the_map_shows_what_the_image_holds_itself(qcow2: IoSession) -> None:
     said(qcow2, "write 64k 64k", "write -z 128k 64k")
     assert said(qcow2, "map") == [
@@ -305,6 +307,7 @@ def test_alloc_counts_what_is_held_of_a_range(qcow2: IoSession) -> None:
     assert said(qcow2, "a 2M 4k") == ["0/0 bytes allocated at offset 2 MiB"]
 
 
+@pytest.mark.pinned("the options are what is shown")
 def test_info_of_a_qcow2_image_tells_its_features(qcow2: IoSession) -> None:
     assert said(qcow2, "info") == [
         "format name: qcow2",
@@ -425,6 +428,7 @@ def test_a_temporary_overlay_takes_all_changes() -> None:
     assert storage.to_bytes() == b"\x11" * SIZE
 
 
+@pytest.mark.pinned("clusters of 64 KiB", "cluster_size=512")
 def test_copy_on_read_stores_what_lies_below(tmp_path: Path) -> None:
     base, top = tmp_path / "base.raw", str(tmp_path / "top.qcow2")
     base.write_bytes(b"\x22" * MiB + bytes(MiB))

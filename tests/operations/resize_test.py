@@ -156,6 +156,7 @@ def test_snapshots_are_said_to_keep_what_they_have() -> None:
     assert done.notes[-1] == "snapshots keep sizes and content of their own: 2"
 
 
+@pytest.mark.pinned("measures the image's own file", "data_file")
 @pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
 def test_preallocated_clusters_read_as_zeros(mode: str) -> None:
     make("disk", "qcow2", size=MiB)
@@ -167,6 +168,7 @@ def test_preallocated_clusters_read_as_zeros(mode: str) -> None:
         assert Path("disk").stat().st_blocks * 512 >= 2 * MiB
 
 
+@pytest.mark.pinned("a refcount table that has moved to the end", "cluster_size=512")
 def test_the_file_of_a_smaller_disk_is_shorter() -> None:
     make("disk", "qcow2", size=8 * MiB)
     fill("disk", "qcow2", b"\xaa" * (8 * MiB))

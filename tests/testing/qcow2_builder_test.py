@@ -80,6 +80,7 @@ def test_qemu_finds_no_error(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     run_peer("qemu-img", "check", "-f", "qcow2", path)
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 @pytest.mark.peer("qemu-img")
 def test_qemu_reads_what_was_put_in(tmp_path: Path) -> None:
     clusters = {0: b"a" * CLUSTER, 2: Zero(payload=b"hidden"), 4: PACKED[0], 200: b"end"}
