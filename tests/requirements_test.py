@@ -54,14 +54,12 @@ _PARTS = (
 PARTS = set(_PARTS.split())
 # What milestone 1 brings whole.
 OWN = {"format", "map", "headers", "cli", "kit"}
-# Rows of these parts that stand on verbs of later milestones: amend, resize, the commands that
-# stand in for others, the switch of the suite, identity, the L2-less form, encryption.
+# Rows of these parts that stand on verbs of later milestones: amend, the commands that stand in for
+# others, identity, the L2-less form, encryption.
 LATER = {
     "S001-19": "amend",
     "S001-32": "amend",
-    "S001-33": "switch of the suite",
     "S002-10": "identity",
-    "S002-14": "resize",
     "S002-15": "L2-less form",
     "S002-17": "L2-less form",
     "S003-32": "encryption",
