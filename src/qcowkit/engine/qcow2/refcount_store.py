@@ -58,7 +58,7 @@ class RefcountStore:
         self.place = place
         self.per_block = geometry.refcounts_per_block
         # Beyond the last one in use no question need be asked (seed 003-41).
-        self.last_used = max((index for index, word in enumerate(table) if word), default=-1)
+        self.last_used = _last_nonzero(table)
         self.moved = False
         self._new_entries: set[int] = set()
         # Blocks known to have no free cluster: looked at again only once something is freed there.
@@ -222,7 +222,7 @@ class RefcountStore:
             self._new_entries.discard(index)
         self.blocks.drop(iter(indices))
         del self.table[entries:]
-        self.last_used = max((i for i, word in enumerate(self.table) if word), default=-1)
+        self.last_used = _last_nonzero(self.table)
 
     def lengthen(self, entries: int) -> None:
         """Room in memory for `entries` entries; `move_table` says where they lie."""
@@ -315,6 +315,12 @@ class RefcountStore:
             reason=f"refcount {error.found} of the cluster at "
             f"{cluster << self.geometry.cluster_bits:#x} cannot change by {error.delta}",
         )
+
+
+def _last_nonzero(table: array[int]) -> int:
+    """The index of the last word that is not 0, -1 for none."""
+    used = np.flatnonzero(np.frombuffer(table, dtype=np.uint64)) if len(table) else ()
+    return int(used[-1]) if len(used) else -1
 
 
 def _runs(indices: npt.NDArray[np.intp], base: int) -> list[Run]:
