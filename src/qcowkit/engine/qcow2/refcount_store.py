@@ -196,7 +196,7 @@ class RefcountStore:
             self._new_entries.add(block)
             self.blocks.drop(range(block, block + 1))
             dropped.append(cluster)
-            self.last_used = max((index for index in range(block) if self.table[index]), default=-1)
+            self.last_used = _last_nonzero(self.table)
         return dropped
 
     def add_block(self, index: int, *, cluster: int, used: Run) -> None:
@@ -319,7 +319,9 @@ class RefcountStore:
 
 def _last_nonzero(table: array[int]) -> int:
     """The index of the last word that is not 0, -1 for none."""
-    used = np.flatnonzero(np.frombuffer(table, dtype=np.uint64)) if len(table) else ()
+    if not len(table):
+        return -1
+    used = np.flatnonzero(np.frombuffer(table, dtype=np.uint64))
     return int(used[-1]) if len(used) else -1
 
 
