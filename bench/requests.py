@@ -17,7 +17,8 @@ CLUSTER = 64 * KiB
 PATTERN = 0xA5
 BASE_BYTE = 0x5C
 
-_MOST_STEP = 2 << 30
+# qemu-img takes no longer steps.
+PEER_STEP = 1 << 31
 _GOLDEN = 6_180_339_887
 
 Clock = Literal["reported", "operations", "wall"]
@@ -125,7 +126,7 @@ class RequestRow:
     from. count: requests that they are for. peer_label: what the table calls a peer that is not
     `qemu-img bench`. written: what must be found afterwards, None where nothing is looked for.
     around: the byte that fills the rest of a cluster that was allocated, None where that is not
-    looked at. goal: least ratio peer/ours, None for information."""
+    looked at. goal: least ratio peer/ours, None for information. pairs: how many runs at most."""
 
     name: str
     title: str
@@ -139,6 +140,7 @@ class RequestRow:
     script: tuple[str, ...] = ()
     clock: Clock = "reported"
     goal: float | None = None
+    pairs: int | None = None
     peer_label: str = ""
     written: Requests | None = None
     around: int | None = None
@@ -209,12 +211,12 @@ def io(tool: str, commands: tuple[str, ...], image: str) -> Command:
     return (tool, "-f", "qcow2", *(word for one in commands for word in ("-c", one)), image)
 
 
-def scattered(size: int, *, grain: int) -> int:
-    """A step that visits each grain of a disk once before any twice, far from the one before.
+def scattered(size: int, *, grain: int, most: int = PEER_STEP) -> int:
+    """A step of less than `most` bytes that visits each grain of a disk once before any twice.
 
     size over grain is a power of two, so an odd number of grains is enough for that. Near a golden
-    section, of the disk or of what qemu-img takes, offsets spread evenly however many there are."""
-    return (min(size, _MOST_STEP) // grain * _GOLDEN // 10**10 | 1) * grain
+    section, of the disk or of `most`, offsets spread evenly however many there are."""
+    return (min(size, most) // grain * _GOLDEN // 10**10 | 1) * grain
 
 
 # Clocks: seconds, from what a command printed.

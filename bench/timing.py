@@ -35,13 +35,13 @@ class Timing:
             sides.append((row.api, row.image, "image"))
         script = self._script()
         runs: tuple[list[Run], ...] = ([], [], [])
-        for turn in range(pairs + 1):
+        for turn in range(min(pairs, row.pairs or pairs) + 1):
             for side, (command, blank, name) in enumerate(sides):
                 image = self._image(blank, self.folder / f"{name}.qcow2")
                 run = run_once(self._fill(command, image), clock=CLOCKS[row.clock], script=script)
                 if turn:
                     runs[side].append(run)
-                elif side:
+                elif side == 1:
                     self._verify(image)
         return Pairs(peer=tuple(runs[0]), ours=tuple(runs[1])), tuple(runs[2])
 

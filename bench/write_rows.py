@@ -62,6 +62,12 @@ _PLAIN = (
         goal=3.0,
     ),
     paired(
+        "io-scattered",
+        "the same, scattered over 1 GiB",
+        image=_EMPTY,
+        requests=replace(_ONE_A_CLUSTER, step=scattered(GiB, grain=CLUSTER)),
+    ),
+    paired(
         "io-sequential",
         "allocating, 64 KiB in sequence",
         image=_EMPTY,
@@ -134,6 +140,7 @@ def _scripted(
         ours=("{qcow}", *io("io", (), "{image}")),
         count=count,
         fresh=not image.allocated or bool(image.crash),
+        pairs=3,
         script=script,
         clock="operations" if timed else "wall",
         peer_label="qemu-io",
@@ -169,8 +176,8 @@ def _grown(
 ) -> RequestRow:
     """The library on a large disk, against the library on a small one: once tables are known, no
     request should be slower for the size of the disk."""
-    few = replace(requests, step=scattered(small.size, grain=grain))
-    many = replace(requests, step=scattered(large.size, grain=grain))
+    few = replace(requests, step=scattered(small.size, grain=grain, most=small.size))
+    many = replace(requests, step=scattered(large.size, grain=grain, most=large.size))
     return replace(
         paired(name, title, image=large, requests=many),
         peer=in_process(few, _COVER),
@@ -182,8 +189,8 @@ def _grown(
 
 
 def _growing() -> Iterator[RequestRow]:
-    writes = Requests(count=40_000, warm=20_000, step=0)
-    allocations = Requests(count=8000, warm=8000, step=0)
+    writes = Requests(count=20_000, warm=10_000, step=0)
+    allocations = Requests(count=6000, warm=6000, step=0)
     for word, shown, size in (("32g", "32 GiB", 32 * GiB), ("1t", "1 TiB", TiB)):
         yield _grown(
             f"io-grow-write-{word}",
@@ -201,11 +208,16 @@ def _growing() -> Iterator[RequestRow]:
             grain=CLUSTER,
             requests=allocations,
         )
+    for row in _huge():
+        yield replace(row, pairs=3)
+
+
+def _huge() -> Iterator[RequestRow]:
     yield paired(
         "io-1t-write",
         "overwrite 4 KiB, scattered over 1 TiB",
         image=_placed(TiB),
-        requests=Requests(count=40_000, step=scattered(TiB, grain=4 * KiB)),
+        requests=Requests(count=20_000, step=scattered(TiB, grain=4 * KiB)),
         options=_COVER,
     )
     yield paired(
@@ -244,10 +256,12 @@ def _allocations_after_frees(rounds: int) -> tuple[str, ...]:
 
 
 _VAST = _placed(256 * GiB)
-_READS = Requests(count=40_000, step=scattered(256 * GiB, grain=4 * KiB), write=False)
-# 16 L2 tables of 2 MiB.
+_READS = Requests(count=20_000, step=scattered(256 * GiB, grain=4 * KiB), write=False)
+# 16 L2 tables of 2 MiB; a slice of 4 KiB is for 1 GiB of them.
 _WIDE = _placed(8 * TiB, cluster=2 * MiB)
-_WIDE_READS = Requests(count=1500, step=scattered(8 * TiB, grain=4 * KiB), write=False)
+_WIDE_READS = Requests(count=5000, step=scattered(8 * TiB, grain=4 * KiB), write=False)
+# Hardly two requests in a row meet the same table.
+_FAR = scattered(8 * TiB, grain=4 * KiB, most=8 * TiB)
 _SLICES: Options = {"l2-cache-size": 4 * MiB, "l2-cache-entry-size": 4 * KiB}
 _WHOLE: Options = {"l2-cache-size": 4 * MiB, "l2-cache-entry-size": 2 * MiB}
 
@@ -277,7 +291,7 @@ _TABLES = (
         "io-slices-whole",
         "the same, slices against whole L2 tables",
         image=_WIDE,
-        requests=_WIDE_READS,
+        requests=replace(_WIDE_READS, count=500, step=_FAR),
         options=_SLICES,
         peer_options=_WHOLE,
         peer_label="qcow, tables whole",
