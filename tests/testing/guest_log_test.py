@@ -180,8 +180,14 @@ def test_a_new_size_can_be_promised_to_last_when_it_is_acknowledged() -> None:
     assert log.allowed(resize.begun).sizes == {4, 6}
     log.acknowledge(resize)
     assert log.allowed(log.marks[-1]).sizes == {6}
-    # All of it is one flush.
-    assert allowed(log, 0) == [6]
+    assert allowed(log, 0) == [OLD, 6]
+
+
+def test_a_size_that_lasts_shows_zeros_in_what_it_adds() -> None:
+    log = log_of(durable_sizes=True)
+    log.acknowledge(log.begin_resize(2))
+    log.acknowledge(log.begin_resize(4))
+    assert (allowed(log, 1), allowed(log, 2)) == ([OLD], [0])
 
 
 def test_a_wrong_size_is_told() -> None:

@@ -6,7 +6,7 @@ within a short run. Reliability reference, section 3.4, "Workloads"."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
@@ -118,7 +118,9 @@ class DiskKind:
             base = self._base().open(writable=False)
             layers.append(Layer(storage=base, metadata=load_metadata(base, "raw", budget=TRUSTED)))
         if writable:
-            return build_chain(layers, writable=True, options=self.open_options)
+            # A disk whose power was cut is never closed: nothing may go on running for it.
+            options = replace(self.open_options, cache_clean_interval=0)
+            return build_chain(layers, writable=True, options=options)
         return build_chain(layers)
 
     def _base(self) -> CrashFiles:

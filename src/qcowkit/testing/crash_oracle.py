@@ -269,24 +269,30 @@ class Recovers:
 class PeerCheck:
     """B by another's judgement: `qemu-img check` finds leaks at most. Dirty images are left out.
 
-    directory: for copies. every: one of that many states is shown to it."""
+    paths: where copies of the files go; names inside of images are looked up from the directory
+    of the first. every: one of that many states is shown to it."""
 
     name = "qemu-img check"
     _LEAKS = 3
 
-    def __init__(self, directory: Path, *, every: int) -> None:
-        self._path = directory / "crashed.qcow2"
+    def __init__(self, paths: Sequence[Path], *, every: int) -> None:
+        self._paths = tuple(paths)
         self._every = every
         self._count = 0
 
     def judge(self, disk: CrashedDisk) -> Iterator[str]:
         """See `Oracle`."""
         self._count += 1
-        if self._count % self._every or is_dirty(disk.fresh(), disk.opener):
+        if disk.failure is not None or self._count % self._every:
             return
-        self._path.write_bytes(disk.state.contents[0].to_bytes())
-        command = ["qemu-img", "check", "-f", "qcow2", str(self._path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if is_dirty(disk.fresh(), disk.opener):
+            return
+        for path, content in zip(self._paths, disk.state.contents, strict=True):
+            path.write_bytes(content.to_bytes())
+        command = ["qemu-img", "check", "-f", "qcow2", str(self._paths[0])]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=self._paths[0].parent
+        )
         if done.returncode not in (0, self._LEAKS):
             yield f"exit code {done.returncode}: {(done.stderr + done.stdout)[:400]}"
 

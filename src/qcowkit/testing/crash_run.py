@@ -105,7 +105,7 @@ class CrashesAgain:
             files=disk.fresh(),
             initial=values_of(disk.content),
         )
-        plan = replace(self._plan, again=0, budget=self._plan.again_budget, recover=1, extra=())
+        plan = replace(self._plan, again=0, budget=self._plan.again_budget, recover=2, extra=())
         report = judge_run(self._disk, recorded, seed=seed, plan=plan)
         self.states += report.states
         for violation in report.violations:

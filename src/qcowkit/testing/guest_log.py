@@ -132,7 +132,7 @@ class GuestLog:
         """clock: the next moment. capacity: sectors of the largest size that the disk will have.
         limit: values are below this. initial: values at the start, whose count is the disk's size.
         backing: values of what lies below. durable_sizes: a new size is promised to be durable
-        when the resize returns, as if the disk had been flushed."""
+        when the resize returns, what was written before not."""
         self._clock = clock
         self._durable_sizes = durable_sizes
         self._limit = limit
@@ -207,12 +207,10 @@ class GuestLog:
     def acknowledge(self, operation: GuestOperation) -> None:
         """It returned without an error."""
         operation.done = self._clock()
-        position = self.operations.index(operation)
         if operation.size is not None:
             self._size = operation.size
-            if self._durable_sizes:
-                self._stable.append(self._fold(position + 1, moment=operation.done))
         if operation.kind == "flush":
+            position = self.operations.index(operation)
             self._stable.append(self._fold(position, moment=operation.done))
 
     def fail(self, operation: GuestOperation, *, size: int | None = None) -> None:
@@ -257,8 +255,17 @@ class GuestLog:
         for operation in self.operations[stable.position :]:
             if operation.begun > moment:
                 break
-            _admit(values, sizes, operation)
+            if self._lasts(operation, moment):
+                _enforce(values, sizes, operation)
+            else:
+                _admit(values, sizes, operation)
         return Allowed(values=values, sizes=frozenset(sizes))
+
+    def _lasts(self, operation: GuestOperation, moment: int) -> bool:
+        """Whether it was durable at that moment without a flush."""
+        done = operation.done if operation.acknowledged else None
+        resized = operation.kind == "resize" and self._durable_sizes
+        return resized and done is not None and done <= moment
 
     def judge(self, content: bytes, *, first: int, last: int) -> list[str]:
         """What is wrong with the disk if the crash came between two moments, in words.
