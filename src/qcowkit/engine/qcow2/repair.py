@@ -108,7 +108,8 @@ class _Repair:
     def __init__(self, run: RepairRun, mode: RepairMode) -> None:
         self._run = run
         self._mode = mode
-        self._corruptions = self._leaks = 0
+        self._corruptions = 0
+        self._rebuilt = False
 
     def run(self, metadata: Qcow2Metadata, damage: SnapshotDamage | None) -> Repaired:
         """All steps that are needed."""
@@ -125,7 +126,7 @@ class _Repair:
         if audit.rebuild:
             rebuild_refcounts(run, metadata, audit)
             self._corruptions = max(1, audit.raised + audit.found.bad_blocks)
-            self._leaks = 0 if audit.astray else audit.lowered
+            self._rebuilt = True
             metadata = load_qcow2_metadata(run.storage, for_check=True)
             audit = run.audit(metadata)
         if not audit.clean:
@@ -142,14 +143,22 @@ class _Repair:
             damage=damage,
             metadata=metadata,
             corruptions_fixed=self._corruptions + sum(map(changed, _MENDING)),
-            leaks_fixed=self._leaks + changed(ChangeKind.LOWERED),
+            leaks_fixed=self._count_leaks(before, after),
         )
+
+    def _count_leaks(self, before: Audit, after: Audit) -> int:
+        """Those that were given back; a rebuild does so without lowering anything."""
+        if not self._rebuilt:
+            return self._run.changes.count(ChangeKind.LOWERED)
+        return max(0, before.log.count(Severity.LEAK) - after.log.count(Severity.LEAK))
 
     def _repair_in_place(self, metadata: Qcow2Metadata, audit: Audit) -> None:
         """Counts and entries. Leaks stay while entries lead nowhere: the clusters may be theirs."""
         run, everything = self._run, self._mode is RepairMode.ALL
         corrupt = audit.log.count(Severity.CORRUPTION) > 0
-        keep = audit.lost > 0 or (audit.spare > 0 and not everything)
+        # Places without data stay where their table cannot be written.
+        stuck = not everything or len(audit.shared_tables) > 0
+        keep = audit.lost > 0 or (audit.spare > 0 and stuck)
         if everything and audit.raised:
             raise_counts(run, metadata)
             run.wait("counts raised")
