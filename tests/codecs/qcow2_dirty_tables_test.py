@@ -78,8 +78,10 @@ def test_neighbouring_bits_give_one_range() -> None:
         struct.pack(">BBHI", 1, 0, 0, 8) + b"\0\0",
         struct.pack(">BBHI", 1, 0, 0, 9) + b"\0",
         struct.pack(">BBHI", 1, 0, 0, 7) + b"\x80",
+        struct.pack(">BBHI", 1, 0, 0, 2033 * 8) + bytes(2033),
     ],
-    ids=["empty", "no bits", "version", "shift", "reserved", "count 0", "long", "short", "spare"],
+    ids=["empty", "no bits", "version", "shift", "reserved", "count 0", "long", "short", "spare"]
+    + ["too long"],
 )
 def test_what_is_no_record_is_kept_as_an_unknown_extension(raw: bytes) -> None:
     assert DirtyTables.decode(raw, host_offset=0) is None

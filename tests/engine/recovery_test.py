@@ -377,6 +377,14 @@ def test_too_many_tables_are_left_to_a_full_repair(monkeypatch: pytest.MonkeyPat
     assert recover_by_record(crash(LAZY, lambda chain: write(chain, 0, 1, 2)))
 
 
+def test_too_many_tables_of_snapshots_are_left_to_a_full_repair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery_plan, "MAX_FIXED", 2)
+    raw, _, _ = dirty_pair()
+    assert fault_of(raw) == "snapshots and bitmaps have 3 clusters of tables"
+
+
 def test_a_block_that_is_missing_on_a_device_needs_a_full_repair() -> None:
     kind = lazy_kind(options={"refcount_bits": 64})
     raw = crash(kind, lambda chain: chain.write(b"x" * 500 * KiB, offset=0))

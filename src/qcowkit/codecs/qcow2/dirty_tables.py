@@ -47,7 +47,7 @@ class DirtyTables:
     def decode(cls, raw: bytes, *, host_offset: int) -> Self | None:
         """None for what is not exactly a record of this version: it is an unknown extension then,
         since an image is never refused for a hint that it may do without."""
-        if len(raw) < HEAD_SIZE:
+        if not HEAD_SIZE <= len(raw) <= _MAX_ROOM - _EXTENSION_HEAD:
             return None
         version, shift, reserved, bit_count = _HEAD.unpack_from(raw)
         bits = bytes(raw[HEAD_SIZE:])

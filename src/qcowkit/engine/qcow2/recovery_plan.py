@@ -34,6 +34,8 @@ from qcowkit.storage.protocol import Storage
 # Entries of recorded tables that are looked at; with more of them counting everything is as good,
 # and takes less memory.
 MAX_ENTRIES = 1 << 21
+# Host clusters of structures that the header and its tables name.
+MAX_FIXED = 1 << 21
 # Flags that are put right one by one.
 MAX_FLAGS = 1 << 12
 
@@ -159,12 +161,15 @@ class _Planner:
             runs.append((extensions.crypto.offset, extensions.crypto.length))
         if extensions.bitmaps is not None and metadata.bitmaps:
             runs.append((extensions.bitmaps.directory_offset, extensions.bitmaps.directory_size))
-        parts = [
-            np.arange(offset >> bits, ((offset + length - 1) >> bits) + 1, dtype=np.int64)
+        spans = [
+            (offset >> bits, ((offset + length - 1) >> bits) + 1)
             for offset, length in runs
             if length
         ]
-        return np.concatenate(parts)
+        count = sum(last - first for first, last in spans)
+        if count > MAX_FIXED:
+            raise FullRepairNeeded(f"snapshots and bitmaps have {count} clusters of tables")
+        return np.concatenate([np.arange(first, last, dtype=np.int64) for first, last in spans])
 
     def _block_clusters(self) -> Int64Array:
         """Clusters of refcount blocks, which are counted before anything leads to them."""
