@@ -20,6 +20,7 @@ from qcowkit.codecs.qcow2.refcount_block import (
     encode_refcounts,
     find_free,
     last_used,
+    raise_refcounts,
     read_count,
     view_refcounts,
 )
@@ -164,6 +165,24 @@ def test_scattered_counts_change_as_a_list_would(
         delta,
         lambda: add_to_scattered(raw, order, entries=np.array(entries, np.intp), delta=delta),
     )
+
+
+@given(block=blocks(), more=st.data())
+def test_counts_are_raised_as_in_a_list(block: tuple[int, list[int]], more: st.DataObject) -> None:
+    order, counts = block
+    most = (1 << (1 << order)) - 1
+    entries = sorted(more.draw(st.sets(st.integers(0, COUNT - 1), min_size=1)))
+    wanted = [more.draw(st.integers(0, most)) for _ in entries]
+    raw = encoded(order, counts)
+    raise_refcounts(
+        raw,
+        order,
+        entries=np.array(entries, dtype=np.intp),
+        counts=np.array(wanted, dtype=np.uint64),
+    )
+    for entry, count in zip(entries, wanted, strict=True):
+        counts[entry] = max(counts[entry], count)
+    assert raw == encoded(order, counts)
 
 
 @given(block=blocks(), first=st.integers(0, COUNT - 1))
