@@ -209,9 +209,7 @@ class Chain:
             raw = image.data_storage.pread(length, offset=host)
             if len(raw) == length:
                 return raw
-        elif run >= length and kind != Hit.OTHER:
-            return None
-        elif self.is_zero_small(start=start, length=length):
+        elif run >= length and kind != Hit.OTHER or self.is_zero_small(start=start, length=length):
             return None
         buffer = bytearray(length)
         self._fill(memoryview(buffer), start)
@@ -266,7 +264,10 @@ class Chain:
         view = memoryview(data)
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
-        self._begin_change(offset, len(view)).write(view, offset=offset)
+        top, length = self._top, len(view)
+        if top is None or self._trackers or offset < 0 or offset + length > self.size:
+            top = self._begin_change(offset, length)
+        top.write(view, offset=offset)
 
     def write_compressed(self, data: Buffer, *, offset: int) -> None:
         """Store whole clusters compressed, of which none may be allocated yet; the last cluster of

@@ -30,10 +30,12 @@ class MetadataCache(Generic[Value]):
         limit: int,
         decode: Callable[[bytes], Value],
         encode: Callable[[Value, int, int], bytes],
+        whole: bool = False,
     ) -> None:
-        """decode: from the bytes of an entry. encode: bytes [first, last) of it, from a value."""
+        """decode: from the bytes of an entry. encode: bytes [first, last) of it, from a value.
+        whole: all entries that there are fit within the limit."""
         self.entry_size = entry_size
-        self.capacity = max(2, limit // entry_size)
+        self.set_limit(limit, whole=whole)
         self._storage = storage
         self._decode = decode
         self._encode = encode
@@ -49,7 +51,7 @@ class MetadataCache(Generic[Value]):
     @property
     def crowded(self) -> bool:
         """Whether so much is changed that it should be written back."""
-        return len(self._dirty) > self.capacity // 2
+        return len(self._dirty) > self._most_dirty
 
     @property
     def dirty(self) -> bool:
@@ -109,9 +111,11 @@ class MetadataCache(Generic[Value]):
             self._insert(key, value)
             self._dirty[key] = (0, self.entry_size)
 
-    def set_limit(self, limit: int) -> None:
+    def set_limit(self, limit: int, *, whole: bool) -> None:
         """Another limit in bytes; what is too much goes as room is next made."""
         self.capacity = max(2, limit // self.entry_size)
+        # Where nothing has to make room, changes may wait for a flush.
+        self._most_dirty = self.capacity if whole else self.capacity // 2
 
     def dirty_keys(self) -> list[int]:
         """The keys of changed entries, ascending."""

@@ -125,12 +125,16 @@ class OverlapGuard:
         """The same for single clusters in any order."""
         if not len(clusters):
             return
+        lowest, highest = int(clusters.min()), int(clusters.max())
         for begin, end, name in self._regions:
+            if highest < begin or end <= lowest:
+                continue
             hit = (clusters >= begin) & (clusters < end)
             if hit.any():
                 raise self._hit(name, int(clusters[hit.argmax()]))
         for name, known in self._single.items():
-            if len(known):
+            low, high = np.searchsorted(known, [lowest, highest + 1])
+            if low < high:
                 place = np.minimum(np.searchsorted(known, clusters), len(known) - 1)
                 hit = known[place] == clusters
                 if hit.any():

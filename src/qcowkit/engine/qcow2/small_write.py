@@ -32,6 +32,7 @@ class SmallWriter:
         self._entries = state.tables.slice_entries
         self._cache = state.tables.cache
         self._find = state.tables.cache.find
+        self._slice = state.tables.slice
         self._judged = state.judged
         self._owned = state.owned
         self._recent = state.guard.recent
@@ -44,10 +45,12 @@ class SmallWriter:
         length = len(data)
         cluster = offset >> self._bits
         number = cluster // self._entries
-        words = self._find(number)
         inside = offset & self._mask
-        if words is None or not 0 < length <= self._size - inside or number not in self._judged:
+        if not 0 < length <= self._size - inside or number not in self._judged:
             return False
+        words = self._find(number)
+        if words is None:
+            words = self._slice(number)
         index = (cluster - number * self._entries) * self._words
         entry = words[index]
         span = 0

@@ -21,7 +21,7 @@ from qcowkit.codecs.qcow2.transitions import hosts_of, slice_columns
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.allocator import NEVER, Allocator, Grant
-from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
+from qcowkit.engine.qcow2.cache_sizes import full_l2_bytes, plan_cache_sizes
 from qcowkit.engine.qcow2.dirty_record import DirtyRecord
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.mapping import Mapping
@@ -259,8 +259,9 @@ class WriteState:
         sizes = plan_cache_sizes(
             self.geometry, virtual_size=self.mapping.size, options=self.options
         )
-        self.tables.cache.set_limit(sizes.l2_bytes)
-        self.refcounts.blocks.set_limit(sizes.refcount_bytes)
+        needed = full_l2_bytes(self.geometry, virtual_size=self.mapping.size)
+        self.tables.cache.set_limit(sizes.l2_bytes, whole=sizes.l2_bytes >= needed)
+        self.refcounts.blocks.set_limit(sizes.refcount_bytes, whole=False)
 
     def drop_empty_blocks(self) -> None:
         """Refcount blocks at the end that count nothing but themselves are of no use."""

@@ -75,7 +75,9 @@ class L2Tables:
         geometry: Geometry,
         slice_size: int,
         cache_bytes: int,
+        whole: bool = False,
     ) -> None:
+        """whole: all slices of the disk fit into the cache."""
         self._storage = storage
         self._geometry = geometry
         self.l1 = l1
@@ -88,6 +90,7 @@ class L2Tables:
             limit=cache_bytes,
             decode=native_words,
             encode=encode_words,
+            whole=whole,
         )
 
     def place(self, number: int) -> int:
