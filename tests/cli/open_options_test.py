@@ -118,9 +118,8 @@ def test_two_spellings_of_a_template_may_agree() -> None:
             "--image-opts: l2-cache-size is 2097152, which exceeds the cache-size of 1048576",
         ),
         (
-            {"encrypt.key-secret": "s"},
-            "--image-opts: encrypt.key-secret= is not supported: encrypted images are not "
-            "supported yet",
+            {"encrypt.cipher": "s"},
+            "--image-opts: encrypt.cipher= is not supported",
         ),
         (
             {"backing": "other.qcow2"},

@@ -14,6 +14,7 @@ from qcowkit.cli.open_options import parse_open_options
 from qcowkit.cli.options import ImageSpec, parse_image_opts
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_error
+from qcowkit.cli.secrets import take_key_secrets
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.units import parse_size
@@ -186,8 +187,9 @@ def image_specs(args: Namespace, names: Iterable[str], *, format: str | None) ->
 def _read_spec(spec: ImageSpec) -> ImageSpec:
     """A description with its driver and options understood."""
     driver = _driver(spec)
-    opening = parse_open_options(spec.options, format=driver)
-    return replace(spec, format=driver, options={}, opening=opening)
+    names, options = take_key_secrets(spec.options, flag="--image-opts")
+    opening = parse_open_options(options, format=driver)
+    return replace(spec, format=driver, options={}, opening=opening, key_secrets=names)
 
 
 def _driver(spec: ImageSpec) -> str | None:

@@ -88,7 +88,6 @@ _OVERLAP = "overlap-check."
 
 # By the beginning of a key: a whole key, or one that ends in a dot.
 _REFUSALS = {
-    "encrypt.": "encrypted images are not supported yet",
     "backing": "the backing file is the one that the image names; no other can be put in its place",
     "backing.": "the backing file is opened as the image names it; it takes no options of its own",
     "data-file": "the data file is the one that the image names; no other can be put in its place",

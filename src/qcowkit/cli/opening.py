@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from qcowkit.cli.common import image_specs, make_gate, warn
 from qcowkit.cli.options import ImageSpec
+from qcowkit.cli.secrets import opening_of
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.image.registry import open_chain
@@ -36,7 +37,7 @@ def open_spec(
         gate=make_gate(args),
         snapshot=snapshot,
         writable=writable,
-        options=spec.opening,
+        options=opening_of(args, spec),
     )
     warn(args, chain.warnings)
     return chain

@@ -26,13 +26,15 @@ class ImageSpec:
     """What to open: `format` None is found from the content.
 
     options: keys of a description that are not read yet; `opening`: what they mean, once read.
-    read_only: a description that excludes writing."""
+    read_only: a description that excludes writing. key_secrets: ids of secrets by depth in the
+    chain, 0 for the image itself."""
 
     path: str
     format: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     opening: OpenOptions = DEFAULT_OPTIONS
     read_only: bool = False
+    key_secrets: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,8 @@ class Flag(IntFlag):
 
     DATA: bytes must be read. ZERO: reads as zeros. PRESENT: this layer decides the content.
     COPIED: the host cluster belongs to this mapping alone. COMPRESSED: `host`/`stored` locate
-    compressed bytes. DIRTY: recorded by a bitmap."""
+    compressed bytes. DIRTY: recorded by a bitmap. ENCRYPTED: what lies at `host` is ciphertext,
+    which only the layer itself can read."""
 
     NONE = 0
     DATA = 1
@@ -34,6 +35,7 @@ class Flag(IntFlag):
     COPIED = 8
     COMPRESSED = 16
     DIRTY = 32
+    ENCRYPTED = 64
 
 
 class Hit(IntEnum):

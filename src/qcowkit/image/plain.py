@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qcowkit.engine.crypt import PIECE, DataCipher
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import align_up
+from qcowkit.units import SECTOR, align_up
 
 
 def check_range(*, start: int, length: int, size: int) -> None:
@@ -36,6 +37,39 @@ def read_plain(
             if cluster_size:
                 _check_end(storage, run, cluster_size)
             part[count:] = bytes(run.length - count)
+
+
+def read_encrypted(
+    storage: Storage,
+    runs: Sequence[Extent],
+    buffer: memoryview,
+    cipher: DataCipher,
+    *,
+    base: int,
+    cluster_size: int = 0,
+) -> None:
+    """As `read_plain`, decrypted. What is asked of a sector may be a part of it."""
+    for run in runs:
+        at, head = run.start - base, run.start % SECTOR
+        part = buffer[at : at + run.length]
+        length = align_up(head + run.length, SECTOR)
+        whole = run._replace(start=run.start - head, length=length, host=run.host - head)
+        if length == run.length:
+            _read_sectors(storage, whole, part, cipher, cluster_size)
+            continue
+        sectors = memoryview(bytearray(length))
+        _read_sectors(storage, whole, sectors, cipher, cluster_size)
+        part[:] = sectors[head : head + run.length]
+
+
+def _read_sectors(
+    storage: Storage, run: Extent, view: memoryview, cipher: DataCipher, cluster_size: int
+) -> None:
+    for at in range(0, run.length, PIECE):
+        part = view[at : at + PIECE]
+        piece = run._replace(start=run.start + at, length=len(part), host=run.host + at)
+        read_plain(storage, [piece], part, base=piece.start, cluster_size=cluster_size)
+        cipher.decrypt(part, host=piece.host, guest=piece.start)
 
 
 def _check_end(storage: Storage, run: Extent, cluster_size: int) -> None:

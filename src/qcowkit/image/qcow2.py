@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,16 +11,21 @@ from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.entries import EntryRules
 from qcowkit.engine.holes import load_host_data, mark_holes
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
-from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
+from qcowkit.engine.qcow2.cache_sizes import (
+    DEFAULT_L2_MAXIMUM,
+    full_l2_bytes,
+    plan_cache_sizes,
+)
 from qcowkit.engine.qcow2.clusters import ClusterReader
+from qcowkit.engine.qcow2.crypt import open_cipher
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
-from qcowkit.errors import RequestError, UnsupportedFeature
+from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit
-from qcowkit.image.plain import check_range, read_plain
+from qcowkit.image.plain import check_range, read_encrypted, read_plain
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import INT64_MAX, align_up
 
@@ -27,7 +33,8 @@ from qcowkit.units import INT64_MAX, align_up
 class Qcow2Image:
     """The active disk of a qcow2 file, or one of its snapshots (`snapshot`: id or name).
 
-    Raises UnsupportedFeature for encrypted content, RequestError for an unknown snapshot."""
+    secret: the passphrase where the content is encrypted. Raises RequestError for an unknown
+    snapshot, and for a passphrase that is missing or wrong."""
 
     def __init__(
         self,
@@ -38,12 +45,8 @@ class Qcow2Image:
         budget: Budget,
         snapshot: str | None = None,
         options: OpenOptions = DEFAULT_OPTIONS,
+        secret: bytes | None = None,
     ) -> None:
-        if metadata.encrypted:
-            raise UnsupportedFeature(
-                f"{metadata.encrypted} encryption",
-                reason="the content is encrypted and cannot be read yet",
-            )
         if metadata.data_file and data_storage is None:
             raise RequestError(f"{storage.name}: the external data file is not open")
         self.metadata = metadata
@@ -52,11 +55,13 @@ class Qcow2Image:
         self.cluster_size = metadata.geometry.cluster_size
         self.mapping = _open_mapping(metadata, storage, budget, snapshot, options)
         self.size = self.mapping.size
+        self.cipher = open_cipher(metadata, storage, secret=secret, budget=budget)
         self.clusters = ClusterReader(
             storage, kind=metadata.compression_type, cluster_size=self.cluster_size
         )
         self._host_data: RangeSet | None = None
-        self._asked_host = False
+        # A hole of the host reads as zeros, which decrypt to anything.
+        self._asked_host = self.cipher is not None
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """See `Image.extents`."""
@@ -65,11 +70,17 @@ class Qcow2Image:
         if not self._asked_host:
             self._host_data = self._ask_host()
             self._asked_host = True
+        if self.cipher is not None:
+            return _mark_encrypted(table)
         return table if self._host_data is None else mark_holes(table, self._host_data)
 
     def lookup(self, offset: int) -> tuple[Hit, int, int]:
         """See `Image.lookup`."""
-        return self.mapping.lookup(offset)
+        kind, host, run = self.mapping.lookup(offset)
+        if kind == Hit.DATA and self.cipher is not None:
+            # Whoever asks reads at the host offset; what lies there is not for them.
+            return Hit.OTHER, -1, run
+        return kind, host, run
 
     def _ask_host(self) -> RangeSet | None:
         """Where the host has data, if this image was preallocated and so is worth asking for."""
@@ -94,6 +105,11 @@ class Qcow2Image:
 
     def _read_plain(self, runs: Sequence[Extent], buffer: memoryview, base: int) -> None:
         size = self.cluster_size
+        if self.cipher is not None:
+            read_encrypted(
+                self.data_storage, runs, buffer, self.cipher, base=base, cluster_size=size
+            )
+            return
         read_plain(self.data_storage, runs, buffer, base=base, cluster_size=size)
 
     def clean(self) -> None:
@@ -101,9 +117,24 @@ class Qcow2Image:
         self.mapping.tables.cache.clean()
 
     def close(self) -> None:
+        if self.cipher is not None:
+            self.cipher.wipe()
         self.storage.close()
         if self.data_storage is not self.storage:
             self.data_storage.close()
+
+
+def _mark_encrypted(table: ExtentTable) -> ExtentTable:
+    """Compressed clusters are never encrypted; everything else that has a place is."""
+    place = (table.host >= 0) & ((table.flags & np.uint16(Flag.COMPRESSED)) == 0)
+    return ExtentTable(
+        start=table.start,
+        length=table.length,
+        flags=np.where(place, table.flags | np.uint16(Flag.ENCRYPTED), table.flags),
+        layer=table.layer,
+        host=table.host,
+        stored=table.stored,
+    )
 
 
 def _open_mapping(
@@ -132,12 +163,17 @@ def _open_mapping(
     l1 = load_l1(storage, offset=offset, count=stored, geometry=geometry, file_size=file_size)
     # A snapshot of before its disk grew, and without a size of its own, has a shorter table.
     l1 = np.pad(l1, (0, needed - stored))
+    if options.cache_size is None and options.l2_cache_size is None:
+        # Whoever names a size means it; otherwise the budget bounds the default.
+        most = min(budget.table_cache, DEFAULT_L2_MAXIMUM)
+        options = replace(options, l2_cache_size=most)
     sizes = plan_cache_sizes(geometry, virtual_size=size, options=options)
     tables = L2Tables(
         storage,
         l1=l1,
         geometry=geometry,
         slice_size=sizes.l2_entry_bytes,
-        cache_bytes=min(sizes.l2_bytes, budget.table_cache),
+        cache_bytes=sizes.l2_bytes,
+        whole=sizes.l2_bytes >= full_l2_bytes(geometry, virtual_size=size),
     )
     return Mapping(tables=tables, rules=rules, size=size)

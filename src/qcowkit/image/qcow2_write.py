@@ -12,7 +12,7 @@ from qcowkit.engine.qcow2.disk import Qcow2Disk
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.engine.qcow2.state import Places
-from qcowkit.errors import CorruptMetadata, RequestError
+from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.image.protocol import Below
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.storage.protocol import Storage
@@ -104,6 +104,10 @@ class WritableQcow2Image(Qcow2Image):
 
 
 def _check_writable(metadata: Qcow2Metadata) -> None:
+    if metadata.encrypted is not None:
+        raise UnsupportedFeature(
+            f"{metadata.encrypted} encryption", reason="encrypted images are only read yet"
+        )
     if metadata.corrupt:
         raise CorruptMetadata(
             "header field incompatible_features",

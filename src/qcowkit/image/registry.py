@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from qcowkit.budget import TRUSTED, Budget
-from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import RequestError
@@ -33,6 +34,7 @@ def open_chain(
     follow_backing: bool = True,
     writable: bool = False,
     options: OpenOptions = DEFAULT_OPTIONS,
+    secrets: bytes | Mapping[int, bytes] | None = None,
 ) -> Chain:
     """Open a disk image, and what it refers to.
 
@@ -40,8 +42,11 @@ def open_chain(
     inside images may be opened; by default none. snapshot: the id or name of an internal
     snapshot, whose disk is then opened in place of the active one. follow_backing: False opens the
     top image alone. writable: the top image may be changed; needs a format where the content looks
-    raw. options: caches, locks, overlap checks. Raises any QcowkitError, ImageBusy where another
-    use of a file excludes this one; nothing stays open then."""
+    raw. options: caches, locks, overlap checks. secrets: the passphrase of every encrypted layer,
+    or one for each by its depth in the chain, 0 for the top. Raises any QcowkitError, ImageBusy
+    where another use of a file excludes this one; nothing stays open then."""
+    if secrets is not None:
+        options = replace(options, secrets=Secrets.of(secrets))
     layers = open_layers(
         path,
         format=format,
@@ -95,7 +100,10 @@ def build_chain(
         raise RequestError(
             f"snapshot {snapshot!r}: {top.metadata.format} images have no internal snapshots"
         )
-    below = [build_image(layer, budget=budget, options=options) for layer in layers[1:]]
+    below = [
+        build_image(layer, budget=budget, options=options, depth=depth)
+        for depth, layer in enumerate(layers[1:], 1)
+    ]
     if writable:
         image = build_writable(top, budget=budget, options=options)
         cleaner = _start_cleaner([image, *below], options)
@@ -119,8 +127,9 @@ def build_image(
     budget: Budget,
     snapshot: str | None = None,
     options: OpenOptions = DEFAULT_OPTIONS,
+    depth: int = 0,
 ) -> Image:
-    """The address space of one layer, read-only."""
+    """The address space of one layer, read-only. depth: in its chain, for the passphrase."""
     metadata = layer.metadata
     if isinstance(metadata, Qcow2Metadata):
         return Qcow2Image(
@@ -130,6 +139,7 @@ def build_image(
             budget=budget,
             snapshot=snapshot,
             options=options,
+            secret=options.secrets.at(depth),
         )
     if isinstance(metadata, VhdMetadata):
         return VhdImage(metadata, layer.storage)

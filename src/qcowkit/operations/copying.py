@@ -200,7 +200,8 @@ class Copier:
 
     def _direct(self, table: ExtentTable) -> Iterator[Extent]:
         """Plain runs, cut inward to what target and host can share."""
-        plain = (table.flags & (Flag.DATA | Flag.ZERO | Flag.COMPRESSED)) == Flag.DATA
+        opaque = Flag.COMPRESSED | Flag.ENCRYPTED
+        plain = (table.flags & (Flag.DATA | Flag.ZERO | opaque)) == Flag.DATA
         if self._rules.top_only:
             plain &= table.layer == 0
         rows = table.take(plain & (table.length >= MIN_DIRECT))

@@ -31,8 +31,9 @@ ByteMatrix = npt.NDArray[np.uint8]
 _CHUNK_ROWS = 1 << 14
 
 _SHOWN = int(Flag.DATA | Flag.ZERO | Flag.PRESENT | Flag.COMPRESSED)
-_COMPRESSED = int(Flag.COMPRESSED)
-_ALL = np.arange(2 * int(Flag.DIRTY), dtype=np.uint16) & _SHOWN
+# Where there is no guest byte at the host offset, no offset is shown.
+_OPAQUE = np.uint16(Flag.COMPRESSED | Flag.ENCRYPTED)
+_ALL = np.arange(2 * int(Flag.ENCRYPTED), dtype=np.uint16) & _SHOWN
 # Flags to what is shown of them. Without data the disk reads as zeros, recorded or not.
 _VIEW = np.where(_ALL & int(Flag.DATA), _ALL, _ALL | int(Flag.ZERO)).astype(np.uint16)
 
@@ -54,9 +55,9 @@ def iter_rows(
     """The runs that a map shows, as tables of bounded size.
 
     Flags are reduced to DATA, ZERO, PRESENT and COMPRESSED; what no layer decides is ZERO; the host
-    of compressed rows is dropped. Neighbours merge when flags, layer and host continue, across
-    windows too. start, length: guest bytes; a length of None, or beyond the end, means to the end.
-    Raises RequestError for a start beyond the end of the disk."""
+    of compressed and of encrypted rows is dropped. Neighbours merge when flags, layer and host
+    continue, across windows too. start, length: guest bytes; a length of None, or beyond the end,
+    means to the end. Raises RequestError for a start beyond the end of the disk."""
     if not 0 <= start <= disk.size:
         raise RequestError(f"start offset {start} is beyond the disk of {disk.size} bytes")
     if length is not None and length < 0:
@@ -97,9 +98,9 @@ def batches(tables: Iterable[ExtentTable], rows: int = _CHUNK_ROWS) -> Iterator[
 def _shown(table: ExtentTable) -> ExtentTable:
     flags = _VIEW.take(table.flags)
     host = table.host
-    packed = (flags & _COMPRESSED) != 0
-    if packed.any():
-        host = np.where(packed, NO_HOST, host)
+    opaque = (table.flags & _OPAQUE) != 0
+    if opaque.any():
+        host = np.where(opaque, NO_HOST, host)
     return ExtentTable(
         start=table.start,
         length=table.length,

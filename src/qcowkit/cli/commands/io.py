@@ -24,6 +24,7 @@ from qcowkit.cli.open_options import parse_open_options
 from qcowkit.cli.options import ImageSpec, parse_image_opts, parse_objects, parse_options
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_error, write_lines
+from qcowkit.cli.secrets import opening_of, take_key_secrets
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.image.registry import open_chain
@@ -214,7 +215,7 @@ class _Opener:
             format=spec.format,
             gate=make_gate(self._args),
             writable=request.writable and not request.temporary and not spec.read_only,
-            options=spec.opening,
+            options=opening_of(self._args, spec),
         )
         warn(self._args, chain.warnings)
         return chain
@@ -238,7 +239,8 @@ def _spec(request: OpenRequest) -> ImageSpec:
         format = None if spec.format is None else image_format(spec.format)
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"-o driver: {error}") from error
-    opening = parse_open_options(spec.options, format=format, flag="-o")
+    names, rest = take_key_secrets(spec.options, flag="-o")
+    opening = parse_open_options(rest, format=format, flag="-o")
     if request.force_share:
         opening = replace(opening, force_share=True)
-    return replace(spec, format=format, options={}, opening=opening)
+    return replace(spec, format=format, options={}, opening=opening, key_secrets=names)

@@ -18,8 +18,6 @@ from qcowkit.units import SECTOR, align_up
 
 DIGEST_BYTES = 20
 SALT_BYTES = 32
-# Half an hour of a core: nobody makes a header like that but to stop its reader.
-MAX_ITERATIONS = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +99,7 @@ def make_material(header: LuksHeader, new: NewSlot, master: bytes) -> bytes:
     )
     parts = split(master, new.random, hash=header.hash, stripes=LUKS_STRIPES)
     padded = parts.ljust(material_bytes(header), b"\0")
-    return make_cipher(header, key).encrypt(padded, sector=0)
+    return bytes(make_cipher(header, key).encrypt(padded, sector=0))
 
 
 def split(key: bytes, random: bytes, *, hash: str, stripes: int) -> bytes:
@@ -113,13 +111,13 @@ def split(key: bytes, random: bytes, *, hash: str, stripes: int) -> bytes:
     return random + _xor(last, key)
 
 
-def merge(material: bytes, *, hash: str, stripes: int) -> bytes:
+def merge(material: bytes | bytearray, *, hash: str, stripes: int) -> bytes:
     """The key back from its split."""
     size = len(material) // stripes
     return _xor(_fold(material[:-size], size, hash), material[-size:])
 
 
-def _fold(parts: bytes, size: int, hash: str) -> bytes:
+def _fold(parts: bytes | bytearray, size: int, hash: str) -> bytes:
     block = bytes(size)
     for at in range(0, len(parts), size):
         block = _diffuse(_xor(block, parts[at : at + size]), hash)
@@ -137,5 +135,5 @@ def _diffuse(block: bytes, hash: str) -> bytes:
     )
 
 
-def _xor(left: bytes, right: bytes) -> bytes:
+def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:
     return (np.frombuffer(left, np.uint8) ^ np.frombuffer(right, np.uint8)).tobytes()

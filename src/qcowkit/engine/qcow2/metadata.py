@@ -392,6 +392,11 @@ def _load_luks(storage: Storage, extensions: Extensions) -> LuksHeader | None:
 
 def _warnings(header: Header, extensions: Extensions, virtual_size: int) -> tuple[str, ...]:
     found = []
+    if header.crypt_method == CryptMethod.AES:
+        found.append(
+            "the content is encrypted with legacy AES, which does not withstand an attacker: "
+            "convert it with -o encrypt.format=luks"
+        )
     if header.size != virtual_size:
         found.append(f"the size {header.size} is not a whole number of sectors and is cut")
     if extensions.bitmaps is not None and not _active_bitmaps(header):
