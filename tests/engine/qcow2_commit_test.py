@@ -57,6 +57,7 @@ def test_nothing_but_data_is_written_before_a_flush() -> None:
     assert {call.data for call in rig.writes} == {GUEST}
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 def test_an_allocating_write_is_flushed_with_two_barriers_and_one_more_for_its_table() -> None:
     rig = Rig()
     rig.chain.write(GUEST, offset=0)
@@ -85,6 +86,7 @@ def test_a_flush_without_a_change_does_nothing() -> None:
     assert rig.file.of("flush", "pwrite") == []
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "extended_l2")
 @pytest.mark.parametrize("options", [OpenOptions(), EAGER])
 def test_refcounts_go_down_once_nothing_durable_refers_to_the_cluster(
     options: OpenOptions,

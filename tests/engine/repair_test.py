@@ -351,6 +351,7 @@ def test_a_device_with_lost_data_is_not_rebuilt() -> None:
         repair(storage)
 
 
+@pytest.mark.pinned("windows of one block", "refcount_bits=1")
 def test_a_rebuild_of_many_blocks_counts_itself() -> None:
     clusters = {index: b"%d" % index for index in range(900)}
     image = make(size=MiB, clusters=clusters)
@@ -540,6 +541,7 @@ def fan_in(count: int) -> BuiltImage:
     return image
 
 
+@pytest.mark.pinned("counts up to 256", "refcount_bits=1")
 def test_work_out_of_proportion_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
