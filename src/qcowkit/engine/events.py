@@ -34,6 +34,12 @@ QCOW2_RECOVERY_BARRIERS = (
     "recovery: refcount table switched",
 )
 
+# Of a change of all metadata by one switch (docs/adr/0014).
+QCOW2_REFORM_BARRIERS = (
+    "new metadata before their switch",
+    "switch of metadata",
+)
+
 # Metadata steps of a qcow2 image. The names are those that qemu's debugging driver uses for the
 # same moments, as far as it has them.
 QCOW2_STEPS = (
@@ -66,6 +72,7 @@ VHD_BARRIERS = (
     "leading footer before the trailing one",
     "footer before the file is cut",
     "table before its size",
+    "zeros before the size that shows them",
     "added space before the size",
     "footer before what relies on it",
     "flush",
