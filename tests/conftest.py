@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import cache
 
 import pytest
 from hypothesis import settings
@@ -41,6 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if name := config.getoption(VARIANT):
         variants.install(name)
         peers.variant = variants.VARIANTS[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under a variant only what can notice it is run: modules of tests that make images."""
+    if not config.getoption(VARIANT):
+        return
+    notices = cache(variants.can_notice)
+    kept = [item for item in items if notices(getattr(item, "module", variants))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

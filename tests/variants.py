@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 from qcowkit.cli.create_options import parse_create_options
@@ -56,6 +58,16 @@ _ALL = (
 VARIANTS = {variant.name: variant for variant in _ALL}
 
 _PLAIN = {one.name: one.default for one in fields(ImageSpec) if one.default is not MISSING}
+# Modules and names of what makes images.
+_DOORS = {
+    ("qcowkit.testing.qcow2_builder", "ImageSpec"),
+    ("qcowkit.testing.qcow2_builder", "build_qcow2"),
+    ("qcowkit.operations.create", "create_image"),
+    ("qcowkit.operations.convert", "convert"),
+    ("qcowkit.operations.measure", "measure"),
+    ("qcowkit.cli.main", "main"),
+    ("tests.peers", "run_peer"),
+}
 # Letters of qemu-img's flags that take a value, by verb.
 _VALUED = {"create": "fobF", "convert": "OfFoBlSmtTr", "measure": "Ofol"}
 
@@ -79,6 +91,22 @@ def install(name: str) -> None:
         module.measure = varied  # type: ignore[union-attr]
     if "data_file" in variant.created:
         registry.open_chain = _lenient_open(registry.open_chain)
+
+
+def can_notice(module: ModuleType, seen: frozenset[str] = frozenset()) -> bool:
+    """Whether a module of tests, or a helper that it imports from, makes images where a variant
+    shows: whether it holds one of the doors."""
+    for value in tuple(vars(module).values()):
+        place = getattr(value, "__module__", None)
+        if (place, getattr(value, "__name__", None)) in _DOORS:
+            return True
+        if isinstance(place, str) and place.startswith("tests.") and place not in seen:
+            helper = sys.modules.get(place)
+            if helper is not module and helper is not None:
+                seen |= {place}
+                if can_notice(helper, seen):
+                    return True
+    return False
 
 
 # Built images

@@ -18,7 +18,10 @@ from qcowkit.units import KiB, MiB
 from tests.command import qcow
 from tests.corpus import Entry, bad_images, corpus_root, entry_id, sound_images, unpack
 
-pytestmark = pytest.mark.skipif(corpus_root() is None, reason="peer corpus of images is missing")
+pytestmark = [
+    pytest.mark.skipif(corpus_root() is None, reason="peer corpus of images is missing"),
+    pytest.mark.pinned("recorded images"),
+]
 
 PIECE = 64 * KiB
 # Of larger disks only so much is read at both ends, and what their entries tell.

@@ -24,7 +24,10 @@ from qcowkit.units import KiB, MiB
 from tests.command import qcow
 from tests.corpus import Entry, bad_images, entry_id, sound_images, unpack
 
-pytestmark = pytest.mark.skipif(not sound_images(), reason="the corpus is not here")
+pytestmark = [
+    pytest.mark.skipif(not sound_images(), reason="the corpus is not here"),
+    pytest.mark.pinned("recorded images"),
+]
 
 _STEP = 8 * MiB
 # For these qemu maps whole blocks; ours tells the sectors that their bitmaps leave out.
