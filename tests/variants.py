@@ -115,11 +115,16 @@ def can_notice(module: ModuleType, seen: frozenset[str] = frozenset()) -> bool:
 def _varied_init(variant: Variant, plain: Callable[..., None]) -> Callable[..., None]:
     @wraps(plain)
     def init(self: ImageSpec, **given: Any) -> None:
-        values = {**_PLAIN, "clusters": {}, **variant.built, **given}
+        said = {**_PLAIN, "clusters": {}, **given}
+        values = {**said, **variant.built, **given}
         if not can_be_built(values):
-            # `replace` names every field, so what is ours is told by its value.
+            # `replace` names every field, so there what is ours is told by its value.
+            fixed = set(given) if len(given) < len(said) else set()
             ours = [key for key, value in variant.built.items() if values[key] == value]
-            values.update({key: _PLAIN[key] for key in ours})
+            plainer = {key: _PLAIN[key] for key in ours if key not in fixed}
+            values = {**values, **plainer}
+            # What cannot be either way is meant so.
+            values = values if can_be_built(values) else said
         plain(self, **values)
 
     return init
