@@ -37,11 +37,10 @@ MISSED_BY = {
     "footer before blocks": "dynamic, whole appends",
     "blocks before what leads to them": "dynamic",
     "bitmaps and table before more changes": "differencing",
-    "header before what relies on it": "long table",
     "leading footer before the trailing one": "dynamic",
     "footer before the file is cut": "dynamic, whole appends",
-    "table before its size": "stale entries",
-    "added space before the size": "fixed",
+    "table before its header": "name behind the table",
+    "added space before the size": "dynamic, whole appends",
     "footer before what relies on it": "fixed",
     "flush": "fixed",
 }

@@ -14,7 +14,13 @@ from qcowkit.codecs.vhd.chs import chs_from_sectors
 from qcowkit.engine.vhd.layout import MAX_SIZE
 from qcowkit.engine.vhd.resize import plan_table, resize_blocks
 from qcowkit.engine.vhd.writer import BlockWriter
-from qcowkit.errors import CorruptMetadata, RequestError, StorageError, UnsupportedFeature
+from qcowkit.errors import (
+    BudgetExceeded,
+    CorruptMetadata,
+    RequestError,
+    StorageError,
+    UnsupportedFeature,
+)
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.testing.device import MemoryDevice
 from qcowkit.testing.faulty import Fault, FaultyStorage
@@ -106,6 +112,27 @@ def test_what_lay_in_the_last_block_beyond_the_end_does_not_come_into_view() -> 
     storage = MemoryStorage(builder.build())
     resize(open_writer(storage), 2 * BLOCK)
     assert content(storage) == bytes(BLOCK) + b"x" * 512 + bytes(BLOCK - 512)
+
+
+def test_what_is_made_zero_is_so_before_the_size_shows_it() -> None:
+    builder = VhdBuilder(size=BLOCK + 512).block(1, b"x" * BLOCK)
+    storage = RecordingStorage(MemoryStorage(builder.build()))
+    writer = open_writer(storage)
+    storage.calls.clear()
+    resize(writer, 2 * BLOCK)
+    assert changes(storage.calls)[:3] == [
+        ("zero", FIRST_BLOCK + 512 + 512, BLOCK - 512),
+        ("flush", 0, 0),
+        ("pwrite", 0, 512),
+    ]
+
+
+def test_a_table_that_nobody_would_open_again_is_refused() -> None:
+    storage = MemoryStorage(build())
+    message = "block allocation table: 536870912 is above the limit of 268435456"
+    with pytest.raises(BudgetExceeded, match=message):
+        resize(open_writer(storage), (1 << 26) * BLOCK)
+    assert storage.to_bytes() == build()
 
 
 def test_a_larger_parent_does_not_show_in_what_is_added() -> None:
@@ -282,7 +309,6 @@ def test_the_size_shrinks_first_and_the_file_last() -> None:
         ("flush", 0, 0),
         ("pwrite", 1536 + 12, 4),
         ("pwrite", 512, 512),
-        ("flush", 0, 0),
         ("pwrite", end, 512),
         ("flush", 0, 0),
         ("truncate", 0, end + 512),

@@ -51,6 +51,7 @@ class BlockMap:
     def __init__(self, metadata: VhdMetadata, storage: Storage, sectors: Int64Array) -> None:
         assert metadata.dynamic_header is not None
         self.header: DynamicHeader = metadata.dynamic_header
+        self.bitmap_size = self.header.bitmap_size
         self.size = metadata.virtual_size
         self.storage = storage
         self.sectors = sectors
@@ -143,7 +144,7 @@ class BlockMap:
 
     def data_offset(self, block: int) -> int:
         """The host offset of a present block's data."""
-        return int(self.sectors[block]) * SECTOR + self.header.bitmap_size
+        return int(self.sectors[block]) * SECTOR + self.bitmap_size
 
     def lookup(self, offset: int) -> tuple[Hit, int, int]:
         """See `Image.lookup`; up to the end of the block. OTHER where a bitmap has clear bits."""
@@ -154,7 +155,7 @@ class BlockMap:
             return self._absent_hit, NO_HOST, run
         if not (self.full[block] or self.is_full(block)):
             return Hit.OTHER, NO_HOST, run
-        return Hit.DATA, sector * SECTOR + self.header.bitmap_size + begin, run
+        return Hit.DATA, sector * SECTOR + self.bitmap_size + begin, run
 
     def _within_block(self, block: int, *, start: int, stop: int) -> ExtentTable | None:
         """The scalar twin for small reads: one row, or None where the bitmap decides."""
@@ -163,7 +164,7 @@ class BlockMap:
             return single(start, stop - start, self._absent)
         if not self.is_full(block):
             return None
-        host = sector * SECTOR + self.header.bitmap_size + start - block * self.header.block_size
+        host = sector * SECTOR + self.bitmap_size + start - block * self.header.block_size
         return single(start, stop - start, _PRESENT, host=host)
 
     def _partial_blocks(
@@ -190,7 +191,7 @@ class BlockMap:
         block_size = self.header.block_size
         used = sectors != UNUSED
         starts = np.arange(first, first + len(sectors), dtype=np.int64) * block_size
-        host = np.where(used, sectors * SECTOR + self.header.bitmap_size, NO_HOST)
+        host = np.where(used, sectors * SECTOR + self.bitmap_size, NO_HOST)
         return make_table(
             starts,
             np.minimum(block_size, self.size - starts),
@@ -203,7 +204,7 @@ class BlockMap:
         their space is allocated, only its content does not count."""
         edges = np.flatnonzero(np.append(True, bits[1:] != bits[:-1]))
         present, starts = bits[edges], edges.astype(np.int64) * SECTOR
-        data = sector * SECTOR + self.header.bitmap_size
+        data = sector * SECTOR + self.bitmap_size
         return make_table(
             starts + block * self.header.block_size,
             np.diff(starts, append=len(bits) * SECTOR),

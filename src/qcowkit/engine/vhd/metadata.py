@@ -43,7 +43,7 @@ _SUBFORMATS: dict[DiskType, Subformat] = {
 }
 _ENTRY_BYTES = 4
 # A decoded entry is an int64.
-_DECODED_ENTRY_BYTES = 8
+MAP_ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ def load_vhd_metadata(
     entries = ceil_div(virtual_size, header.block_size)
     budget.spend(
         "block allocation table",
-        value=entries * _DECODED_ENTRY_BYTES,
+        value=entries * MAP_ENTRY_BYTES,
         limit=budget.metadata_bytes,
     )
     differencing = footer.disk_type is DiskType.DIFFERENCING

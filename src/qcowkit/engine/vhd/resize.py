@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qcowkit.budget import TRUSTED
 from qcowkit.codecs.vhd.bat import ENTRY_SIZE, UNUSED
 from qcowkit.engine.vhd.layout import MAX_FILE_BYTES, plan_disk_size
-from qcowkit.engine.vhd.metadata import VhdMetadata, metadata_regions
+from qcowkit.engine.vhd.metadata import MAP_ENTRY_BYTES, VhdMetadata, metadata_regions
 from qcowkit.engine.vhd.writer import BlockWriter, find_end
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.extents.table import Int64Array
@@ -74,8 +75,9 @@ def resize_blocks(writer: BlockWriter, size: int, *, shrink: bool) -> None:
     """Make the disk `size` bytes long; what is added reads as zeros. Durable on return.
 
     Raises RequestError for a size that cannot be, or a smaller one without `shrink`,
-    UnsupportedFeature where header or batmap are in the way, and as `BlockWriter.write`. After an
-    error the disk has one of the two sizes, and `metadata` says which."""
+    BudgetExceeded for a table that nobody would open again, UnsupportedFeature where header or
+    batmap are in the way, and as `BlockWriter.write`. After an error the disk has one of the two
+    sizes, and `metadata` says which."""
     check_size(size)
     old = writer.metadata.virtual_size
     if size == old:
@@ -98,12 +100,16 @@ def _grow(writer: BlockWriter, size: int) -> None:
     plan = plan_table(writer.metadata, entries=grown.block_count)
     if plan.end + grown.block_count * writer.span > MAX_FILE_BYTES:
         raise RequestError(f"block size {writer.block_size} is too small for a VHD of {size} bytes")
+    # What nobody could open any more must not be made.
+    map_bytes = grown.block_count * MAP_ENTRY_BYTES
+    TRUSTED.spend(_TABLE, value=map_bytes, limit=TRUSTED.metadata_bytes)
     _ensure_table(writer, plan, blocks=len(old_map.sectors))
     writer.replace_map(old_map.resized(replace(writer.metadata, virtual_size=size)))
     try:
         # The rest of the last block may hold anything, and a larger parent shows through.
         writer.write_zeroes(offset=old_size, length=size - old_size)
         writer.commit()
+        writer.barriers.wait("added space before the size")
         writer.space.replace_size(size)
     except BaseException:
         writer.replace_map(old_map)
@@ -129,16 +135,16 @@ def _shrink(writer: BlockWriter, size: int) -> None:
     for sector in dropped[(dropped != UNUSED) & (dropped * SECTOR < end)].tolist():
         writer.storage.discard(offset=sector * SECTOR, length=writer.span)
     writer.space.cut(end)
+    writer.barriers.wait("flush")
 
 
 def _ensure_table(writer: BlockWriter, plan: TablePlan, *, blocks: int) -> None:
-    """A table as planned, whose entries behind the first `blocks` are unused; durable on return."""
+    """A table as planned, whose entries behind the first `blocks` are unused."""
     header = writer.space.header
     moved = plan.offset != header.table_offset
     if not moved and plan.entries == header.max_table_entries:
         # Entries beyond the end of the disk mean nothing, so they may hold anything.
         _write_unused(writer, first=blocks, end=plan.entries)
-        writer.barriers.wait("table before its size")
         return
     _refuse_batmap(writer)
     _check_header(writer)
@@ -149,7 +155,7 @@ def _ensure_table(writer: BlockWriter, plan: TablePlan, *, blocks: int) -> None:
             writer.write_entries(sectors, first=first, table_offset=plan.offset)
     else:
         _write_unused(writer, first=blocks, end=padded)
-    writer.barriers.wait("table before its size")
+    writer.barriers.wait("table before its header")
     writer.space.replace_header(
         replace(header, table_offset=plan.offset, max_table_entries=plan.entries)
     )

