@@ -37,6 +37,8 @@ from qcowkit.codecs.qcow2.transitions import (
     link_data,
     plan_copy,
     preallocate,
+    put_entries,
+    put_entry,
     slice_columns,
     subcluster_span,
 )
@@ -318,6 +320,22 @@ def test_columns_of_a_slice_are_views_that_change_it() -> None:
     assert bitmaps is None
     entries[7] = 9
     assert words[7] == 9
+
+
+def test_entries_are_put_with_their_bitmaps_in_one_place() -> None:
+    words = array("Q", range(8))
+    entries, bitmaps = columns([(20, 30), (21, 31)])
+    put_entries(words, first=1, entries=entries, bitmaps=bitmaps)
+    assert words.tolist() == [0, 1, 20, 30, 21, 31, 6, 7]
+    put_entry(words, 3, entry=40, bitmap=50)
+    assert words.tolist() == [0, 1, 20, 30, 21, 31, 40, 50]
+
+
+def test_entries_without_bitmaps_are_put_one_behind_the_other() -> None:
+    words = array("Q", range(4))
+    put_entries(words, first=1, entries=np.array([20, 30], np.uint64), bitmaps=None)
+    put_entry(words, 3, entry=40, bitmap=None)
+    assert words.tolist() == [0, 20, 30, 40]
 
 
 def test_every_subcluster_of_a_cluster_is_erased_as_the_whole_would_be() -> None:

@@ -242,6 +242,26 @@ def erase_subclusters(bitmap: int, *, first: int, last: int) -> int:
     return bitmap & ~span | span << 32
 
 
+def put_entries(
+    words: array[int], *, first: int, entries: Uint64Array, bitmaps: Uint64Array | None
+) -> None:
+    """Replace the entries of a slice from entry `first` on, each together with its bitmap.
+
+    It is one step of the interpreter: who reads the slice without a lock never finds an entry with
+    the bitmap of another time."""
+    columns = [entries] if bitmaps is None else [entries, bitmaps]
+    at = first * len(columns)
+    words[at : at + entries.size * len(columns)] = array("Q", np.stack(columns, axis=1).tobytes())
+
+
+def put_entry(words: array[int], index: int, *, entry: int, bitmap: int | None) -> None:
+    """The same for one entry; bitmap: None without subclusters."""
+    if bitmap is None:
+        words[index] = entry
+    else:
+        words[2 * index : 2 * index + 2] = array("Q", (entry, bitmap))
+
+
 def slice_columns(
     words: array[int], *, geometry: Geometry
 ) -> tuple[Uint64Array, Uint64Array | None]:

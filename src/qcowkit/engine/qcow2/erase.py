@@ -16,6 +16,7 @@ from qcowkit.codecs.qcow2.transitions import (
     erase_subclusters,
     hosts_of,
     is_compressed,
+    put_entries,
     slice_columns,
 )
 from qcowkit.engine.qcow2.old_content import OldContent
@@ -234,10 +235,7 @@ class Eraser:
         if same:
             return
         words = state.edit(number, first=first, last=last)
-        entries, bitmaps = slice_columns(words, geometry=self._geometry)
-        entries[first:last] = after
-        if bitmaps is not None and masks is not None:
-            bitmaps[first:last] = masks
+        put_entries(words, first=first, entries=after, bitmaps=masks)
         self._let_go(old, lost.tolist() if rules.keep else [], rules)
 
     def _let_go(self, old: Uint64Array, kept: list[int], rules: EraseRules) -> None:

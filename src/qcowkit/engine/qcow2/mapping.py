@@ -63,9 +63,9 @@ class Mapping:
             words = self.tables.slice(number)
         index = cluster - number * self._entries
         if self._extended:
-            return classify_subcluster(
-                words[2 * index], words[2 * index + 1], offset=offset, rules=self.rules
-            )
+            # In one step: no writer comes in between the two.
+            entry, bitmap = words[2 * index : 2 * index + 2]
+            return classify_subcluster(entry, bitmap, offset=offset, rules=self.rules)
         return classify_cluster(words[index], offset=offset, rules=self.rules)
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:

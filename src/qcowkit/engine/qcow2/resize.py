@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES
-from qcowkit.codecs.qcow2.transitions import hosts_of, preallocate, slice_columns
+from qcowkit.codecs.qcow2.transitions import hosts_of, preallocate, put_entries, slice_columns
 from qcowkit.engine import preallocate as host_space
 from qcowkit.engine.qcow2.erase import Eraser
 from qcowkit.engine.qcow2.old_content import OldContent
@@ -189,14 +189,13 @@ class Resizer:
             if not state.external:
                 state.allocator.free(host >> bits, count, punch=False)
             raise
-        entries, bitmaps = slice_columns(words, geometry=self._geometry)
-        part = slice(index, index + count)
-        preallocate(
-            entries[part],
-            None if bitmaps is None else bitmaps[part],
-            host=host,
-            cluster_size=self._size,
+        entries, bitmaps = (
+            None if column is None else column[index : index + count].copy()
+            for column in slice_columns(words, geometry=self._geometry)
         )
+        assert entries is not None
+        preallocate(entries, bitmaps, host=host, cluster_size=self._size)
+        put_entries(words, first=index, entries=entries, bitmaps=bitmaps)
         return count
 
     # Shrinking

@@ -112,13 +112,14 @@ class L2Tables:
         if end - begin > 2:
             return self._load_range(l1_index, first=first, count=count)
         base = l1_index * self.slices_per_table
+        # A copy in any case, which an array makes in one step: a writer may change the slice next.
         parts = [
-            np.frombuffer(self.slice(base + index), dtype=np.uint64) for index in range(begin, end)
+            np.frombuffer(self.slice(base + index)[:], dtype=np.uint64)
+            for index in range(begin, end)
         ]
-        # A copy in any case: a writer may change the slice next.
         words = parts[0] if len(parts) == 1 else np.concatenate(parts)
         skip = (first - begin * self.slice_entries) * words_an_entry
-        return words[skip : skip + count * words_an_entry].copy()
+        return words[skip : skip + count * words_an_entry]
 
     def _load_range(self, l1_index: int, *, first: int, count: int) -> Uint64Array:
         """The same beside the cache; what is changed there counts."""
@@ -165,7 +166,7 @@ class L2Tables:
         first, last = base // length, (base + len(words) - 1) // length
         for number in self.cache.dirty_keys():
             if first <= number <= last:
-                changed = np.frombuffer(self.slice(number), dtype=np.uint64)
+                changed = np.frombuffer(self.slice(number)[:], dtype=np.uint64)
                 at = number * length - base
                 begin, end = max(at, 0), min(at + length, len(words))
                 words[begin:end] = changed[begin - at : end - at]

@@ -26,6 +26,8 @@ from qcowkit.codecs.qcow2.transitions import (
     kept,
     link_data,
     plan_copy,
+    put_entries,
+    put_entry,
     slice_columns,
 )
 from qcowkit.engine.qcow2.old_content import OldContent
@@ -289,23 +291,25 @@ class Writer:
         if piece.count == 1:
             self._link_one(words, index, piece)
             return
-        entries, bitmaps = slice_columns(words, geometry=self._geometry)
-        entries = entries[index : index + piece.count]
-        old = entries.copy()
-        if bitmaps is not None:
-            bitmaps = bitmaps[index : index + piece.count]
+        columns = slice_columns(words, geometry=self._geometry)
+        old, bitmaps = (
+            None if column is None else column[index : index + piece.count].copy()
+            for column in columns
+        )
+        assert old is not None
+        entries = old.copy()
         link_data(entries, bitmaps, host=piece.host, cluster_size=self._size)
         if bitmaps is not None:
             bitmaps[0], bitmaps[-1] = piece.head.bitmap, piece.tail.bitmap
+        put_entries(words, first=index, entries=entries, bitmaps=bitmaps)
         if piece.kind == MOVED:
             self.give_up(old)
 
     def _link_one(self, words: array[int], index: int, piece: Piece) -> None:
-        at = 2 * index if self._geometry.has_subclusters else index
-        old = words[at]
-        words[at] = data_entry(piece.host)
-        if self._geometry.has_subclusters:
-            words[at + 1] = piece.head.bitmap
+        extended = self._geometry.has_subclusters
+        old = words[2 * index] if extended else words[index]
+        bitmap = piece.head.bitmap if extended else None
+        put_entry(words, index, entry=data_entry(piece.host), bitmap=bitmap)
         if piece.kind == MOVED and not self._state.external and old:
             self.give_up_entry(old)
 

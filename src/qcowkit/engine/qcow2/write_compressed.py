@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcowkit.codecs.qcow2.compression import make_compressor
 from qcowkit.codecs.qcow2.entries import MAX_HOST_OFFSET, encode_compressed
-from qcowkit.codecs.qcow2.transitions import is_allocated
+from qcowkit.codecs.qcow2.transitions import is_allocated, put_entry
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.engine.qcow2.write import Writer
 from qcowkit.errors import RequestError
@@ -81,7 +81,6 @@ class CompressedWriter:
             first, last = host >> bits, (host + len(packed) - 1) >> bits
             state.allocator.free(first, last + 1 - first, punch=False)
             raise
-        at = index * self._geometry.l2_entry_size // 8
-        words[at] = encode_compressed(host, len(packed), geometry=self._geometry)
-        if self._geometry.has_subclusters:
-            words[at + 1] = 0
+        entry = encode_compressed(host, len(packed), geometry=self._geometry)
+        bitmap = 0 if self._geometry.has_subclusters else None
+        put_entry(words, index, entry=entry, bitmap=bitmap)
