@@ -212,7 +212,7 @@ def test_the_plan_of_a_table_that_fits_is_the_table() -> None:
 
 def test_a_block_that_cannot_be_read_whole_is_not_moved() -> None:
     storage, disk = filled()
-    # Both footers, the header and a look for a batmap come first.
+    # A look for a batmap, both footers and the header come first.
     faulty, writer = open_faulty(storage, Fault(operation="pread", call=5, short=1))
     message = "block at host offset 0x800: the file ends after 4607 of 4608 bytes"
     with pytest.raises(CorruptMetadata, match=message):

@@ -89,6 +89,19 @@ def test_a_disk_that_was_only_read_is_left_as_it_is(kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_resize_changes_nothing(kind: int) -> None:
+    raw = build_kind(kind)
+    storage = RecordingStorage(memory := MemoryStorage(raw if kind == FIXED else raw[:-512]))
+    image = WritableVhdImage(load(storage), storage)
+    for size in (100, 512, 3000 << 30):
+        with pytest.raises(RequestError):
+            image.resize(size)
+    image.close()
+    assert storage.of("pwrite", "zero", "truncate", "flush") == []
+    assert memory.to_bytes() == (raw if kind == FIXED else raw[:-512])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_whose_flush_fails_at_the_end_is_closed_all_the_same(kind: int) -> None:
     faulty = FaultyStorage(
         memory := MemoryStorage(build_kind(kind)), Fault(operation="flush", sticky=True)

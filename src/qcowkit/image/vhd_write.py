@@ -38,7 +38,6 @@ class WritableVhdImage(VhdImage):
         self._fixed_writer: FixedWriter | None = None
         if metadata.dynamic_header is None:
             self._fixed_writer = FixedWriter(storage, metadata)
-        self._changed = False
 
     @property
     def releases(self) -> int:
@@ -89,7 +88,6 @@ class WritableVhdImage(VhdImage):
         """See `WritableImage.flush`."""
         with self._lock:
             (self._fixed_writer or self._writer()).flush()
-            self._changed = False
 
     def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
         """See `WritableImage.resize`. preallocation: off; of a fixed disk also falloc and full.
@@ -99,7 +97,6 @@ class WritableVhdImage(VhdImage):
             if preallocation not in modes:
                 reason = f"expected {' or '.join(modes)} for a {self.metadata.subformat} VHD"
                 raise RequestError(f"preallocation {preallocation!r}: {reason}")
-            self._changed = True
             if self._fixed_writer is not None:
                 fixed = self._fixed_writer
                 try:
@@ -117,13 +114,13 @@ class WritableVhdImage(VhdImage):
         """Flush what was changed, and close the file in any case."""
         with self._lock, ExitStack() as stack:
             stack.callback(super().close)
-            if self._changed:
-                self.flush()
+            writer = self._fixed_writer or self._blocks_writer
+            if writer is not None and writer.pending:
+                writer.flush()
 
     def _begin(self, offset: int, length: int) -> BlockWriter | FixedWriter:
         # Beyond the end of a fixed disk lies its footer: what a resize overtook must not go there.
         check_range(start=offset, length=length, size=self.size)
-        self._changed = True
         return self._fixed_writer or self._writer()
 
     def _writer(self) -> BlockWriter:

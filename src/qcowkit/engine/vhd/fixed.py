@@ -31,6 +31,11 @@ class FixedWriter:
         # Whether the footer is as `metadata` says and the file ends with it.
         self._settled = True
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything is not durable yet."""
+        return self.barriers.pending
+
     def write(self, data: memoryview, *, offset: int) -> None:
         """Bytes within the disk."""
         self._begin()
@@ -73,6 +78,11 @@ class FixedWriter:
         if self.metadata.data_end % SECTOR:
             reason = f"lies at {self.metadata.data_end:#x}, not on a sector: it cannot be moved"
             raise UnsupportedFeature("footer of a fixed VHD", reason=reason)
+        if self.storage.caps.block_device and size > self.metadata.data_end:
+            raise RequestError(
+                f"size {size} does not fit before the footer at {self.metadata.data_end:#x} of a "
+                "device"
+            )
         self._begin()
         if size > old:
             self._extend(size, preallocation)
@@ -83,10 +93,6 @@ class FixedWriter:
         """Move the footer so that the larger disk fits before it, and zero what is added."""
         old, footer_at = self.metadata.virtual_size, self.metadata.data_end
         if size > footer_at:
-            if self.storage.caps.block_device:
-                raise RequestError(
-                    f"size {size} does not fit before the footer at {footer_at:#x} of a device"
-                )
             self._place_footer(size, size=old)
         # A gap, and the old footer; what lies behind them has just been grown.
         end = min(size, footer_at + FOOTER_SIZE)

@@ -86,8 +86,6 @@ def resize_blocks(writer: BlockWriter, size: int, *, shrink: bool) -> None:
         raise RequestError(
             f"size {size} is below the disk's {old}, and shrinking was not asked for"
         )
-    writer.begin()
-    writer.commit()
     if size < old:
         _shrink(writer, size)
     else:
@@ -103,6 +101,11 @@ def _grow(writer: BlockWriter, size: int) -> None:
     # What nobody could open any more must not be made.
     map_bytes = grown.block_count * MAP_ENTRY_BYTES
     TRUSTED.spend(_TABLE, value=map_bytes, limit=TRUSTED.metadata_bytes)
+    if plan.entries != writer.space.header.max_table_entries:
+        _refuse_batmap(writer)
+        _check_header(writer)
+    writer.begin()
+    writer.commit()
     _ensure_table(writer, plan, blocks=len(old_map.sectors))
     writer.replace_map(old_map.resized(replace(writer.metadata, virtual_size=size)))
     try:
@@ -122,6 +125,8 @@ def _shrink(writer: BlockWriter, size: int) -> None:
     header, old_map = writer.space.header, writer.blocks
     _refuse_batmap(writer)
     _check_header(writer)
+    writer.begin()
+    writer.commit()
     writer.space.replace_size(size)
     blocks = old_map.resized(writer.metadata)
     writer.replace_map(blocks)
@@ -141,16 +146,13 @@ def _shrink(writer: BlockWriter, size: int) -> None:
 def _ensure_table(writer: BlockWriter, plan: TablePlan, *, blocks: int) -> None:
     """A table as planned, whose entries behind the first `blocks` are unused."""
     header = writer.space.header
-    moved = plan.offset != header.table_offset
-    if not moved and plan.entries == header.max_table_entries:
+    if plan.entries == header.max_table_entries:
         # Entries beyond the end of the disk mean nothing, so they may hold anything.
         _write_unused(writer, first=blocks, end=plan.entries)
         return
-    _refuse_batmap(writer)
-    _check_header(writer)
     _make_room(writer, plan.end)
     padded = (plan.end - plan.offset) // ENTRY_SIZE
-    if moved:
+    if plan.offset != header.table_offset:
         for first, sectors in _windows_of(writer.blocks.sectors, padded):
             writer.write_entries(sectors, first=first, table_offset=plan.offset)
     else:

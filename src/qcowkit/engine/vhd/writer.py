@@ -89,6 +89,11 @@ class BlockWriter:
         """Footer and header as they are now."""
         return self.space.metadata
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything is not durable yet."""
+        return self.barriers.pending or bool(self._unlinked) or bool(self.blocks.staged)
+
     # What the guest does
 
     def write(self, data: memoryview, *, offset: int) -> None:
