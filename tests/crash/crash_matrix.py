@@ -98,9 +98,22 @@ KINDS = {
         ),
         DiskKind(
             name="lazy refcounts",
+            size=128 * KiB,
+            capacity=192 * KiB,
+            options={"cluster_size": KiB, "lazy_refcounts": True},
+        ),
+        DiskKind(
+            name="lazy refcounts without a record",
             size=64 * KiB,
             capacity=96 * KiB,
-            options={"cluster_size": _SMALL, "lazy_refcounts": True},
+            options={"cluster_size": _SMALL, "refcount_bits": 64},
+            open_options=OpenOptions(lazy_refcounts=True),
+        ),
+        DiskKind(
+            name="lazy refcounts, refcount table grows",
+            size=2304 * KiB,
+            filled=1968 * KiB,
+            options={"cluster_size": _SMALL, "refcount_bits": 64, "lazy_refcounts": True},
         ),
         DiskKind(
             name="data file",

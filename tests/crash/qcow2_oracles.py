@@ -60,3 +60,19 @@ class UntouchedWhileMarked:
             return
         if load(disk.state.contents[0]).header.autoclear_features & self._kind.autoclear:
             yield "the disk has changed while the bits of an unknown feature are set"
+
+
+class CleanOnceClosed:
+    """A disk that was closed is not dirty: nobody has to repair what came to an end."""
+
+    name = "closed"
+
+    def __init__(self, closed: int | None) -> None:
+        """closed: the moment at which it was."""
+        self._closed = closed
+
+    def judge(self, disk: CrashedDisk) -> Iterator[str]:
+        if disk.failure is not None or self._closed is None or disk.state.last < self._closed:
+            return
+        if load(disk.state.contents[0]).dirty:
+            yield "the disk was closed, and its dirty bit is set"

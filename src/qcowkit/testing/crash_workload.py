@@ -62,22 +62,26 @@ class Crashable(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """A run that is over. faults: what was wrong without any crash, in words."""
+    """A run that is over. faults: what was wrong without any crash, in words. closed: the moment
+    at which the disk was closed for good; None if it never was."""
 
     files: CrashFiles
     log: GuestLog
     faults: tuple[str, ...] = ()
+    closed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """operations: how many requests. weights: how often each comes. look: the disk is read after
-    every so many requests. longest: sectors of a request, 0 for what suits the disk."""
+    every so many requests. longest: sectors of a request, 0 for what suits the disk. closing: how
+    likely the disk is closed at the end, and not left without a flush."""
 
     operations: int = 50
     weights: Mapping[str, int] = field(default_factory=lambda: USUAL)
     look: int = 1
     longest: int = 0
+    closing: float = 0.5
 
 
 def run_guest(
@@ -88,9 +92,7 @@ def run_guest(
     files: CrashFiles | None = None,
     initial: Int64Array | None = None,
 ) -> Recorded:
-    """Let a guest use a new disk, or `files` that hold `initial` values; nothing fails.
-
-    The last requests are left without a flush as often as not."""
+    """Let a guest use a new disk, or `files` that hold `initial` values; nothing fails."""
     plan = plan or Plan()
     files = disk.make() if files is None else files
     guest = Guest(disk, files, seed=seed, plan=plan, initial=initial)
@@ -99,9 +101,10 @@ def run_guest(
         guest.step()
         if guest.faults:
             break
-    if guest.is_open and guest.noise.random() < 0.5:
+    if guest.is_open and guest.noise.random() < plan.closing:
         guest.close()
-    return Recorded(files=files, log=guest.log, faults=tuple(guest.faults))
+    closed = None if guest.is_open else files.tick()
+    return Recorded(files=files, log=guest.log, faults=tuple(guest.faults), closed=closed)
 
 
 class Guest:
