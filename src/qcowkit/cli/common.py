@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from qcowkit.cli.open_options import parse_open_options
+from qcowkit.cli.open_options import parse_open_options, take_key_secrets
 from qcowkit.cli.options import ImageSpec, parse_image_opts
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_error
-from qcowkit.cli.secrets import take_key_secrets
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.units import parse_size

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qcowkit.cli.options import parse_bool, parse_options
+from qcowkit.codecs.qcow2.luks_params import CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS
 from qcowkit.errors import RequestError
 from qcowkit.units import parse_size
 
@@ -60,6 +61,32 @@ def _refused(*names: str, reason: str) -> tuple[OptionSpec, ...]:
     return tuple(OptionSpec(name=name, refusal=reason) for name in names)
 
 
+def _luks_options(prefix: str) -> tuple[OptionSpec, ...]:
+    """The keys of a new LUKS header."""
+    words = {
+        "cipher-alg": (CIPHER_ALGS, "cipher and width of its key; aes-256 when not given"),
+        "cipher-mode": (CIPHER_MODES, "xts (the default) or cbc"),
+        "hash-alg": (HASH_ALGS, "of keys and digests; sha256 when not given"),
+        "ivgen-alg": (IVGEN_ALGS, "plain64 (the default), plain or essiv"),
+        "ivgen-hash-alg": (HASH_ALGS, "of essiv; sha256 when not given"),
+    }
+    return (
+        OptionSpec(
+            name=prefix + "key-secret",
+            help="id of the --object secret with the passphrase; the only secret when not given",
+        ),
+        *(
+            OptionSpec(name=prefix + name, choices=choices, help=text)
+            for name, (choices, text) in words.items()
+        ),
+        OptionSpec(
+            name=prefix + "iter-time",
+            kind=OptionKind.NUMBER,
+            help="milliseconds that trying a passphrase takes; 2000 when not given",
+        ),
+    )
+
+
 _SIZE = OptionSpec(name="size", kind=OptionKind.SIZE, help="size of the guest disk")
 _HOST = _refused(
     "nocow", "extent_size_hint", reason="attributes of the host's file system are not set here"
@@ -103,18 +130,15 @@ _QCOW2 = (
         name="refcount_bits", kind=OptionKind.NUMBER, help="1, 2, 4, 8, 16 (default), 32 or 64"
     ),
     _SIZE,
-    *_refused(
-        "encryption",
-        "encrypt.format",
-        "encrypt.key-secret",
-        "encrypt.cipher-alg",
-        "encrypt.cipher-mode",
-        "encrypt.ivgen-alg",
-        "encrypt.ivgen-hash-alg",
-        "encrypt.hash-alg",
-        "encrypt.iter-time",
-        reason="encrypted images are not supported yet",
+    OptionSpec(
+        name="encryption", kind=OptionKind.BOOL, help="on is the same as encrypt.format=aes"
     ),
+    OptionSpec(
+        name="encrypt.format",
+        choices=("luks", "aes"),
+        help="encrypt the content: luks, or legacy aes, which is not secure",
+    ),
+    *_luks_options("encrypt."),
     *_HOST,
 )
 

@@ -5,6 +5,7 @@ program does not is refused with its reason."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ OVERLAP_STRUCTURES = (
     "bitmap-directory",
 )
 _MAX_INTERVAL = (1 << 32) - 1
+
+_KEY_SECRET = re.compile(r"((?:backing\.)*)(?:encrypt\.)?key-secret")
+_METHOD = re.compile(r"(?:backing\.)*encrypt\.format")
+_METHODS = ("aes", "luks", "qcow")
 
 
 def _size(text: str, what: str) -> int:
@@ -127,6 +132,27 @@ def parse_open_options(
     for word in template.values():
         values["overlap_check"] = word
     return _checked(OpenOptions(overlap_checks=checks, **values), flag=flag)
+
+
+def take_key_secrets(
+    options: Mapping[str, str], *, flag: str
+) -> tuple[dict[int, str], dict[str, str]]:
+    """The ids of secrets by depth in the chain, and the keys that are left.
+
+    `encrypt.format` may be said as well; the image knows better. Raises RequestError."""
+    names: dict[int, str] = {}
+    rest: dict[str, str] = {}
+    for key, value in options.items():
+        if found := _KEY_SECRET.fullmatch(key):
+            depth = found[1].count(".")
+            if names.setdefault(depth, value) != value:
+                raise RequestError(f"{flag}: {key}= differs from another spelling of the same key")
+        elif _METHOD.fullmatch(key):
+            if value not in _METHODS:
+                raise RequestError(f"{flag}: {key}= is {value!r}, expected aes or luks")
+        else:
+            rest[key] = value
+    return names, rest
 
 
 def _check_known(name: str, *, format: str | None, what: str) -> None:

@@ -5,39 +5,16 @@ for its base, and so on downwards; a disk of format luks has plain `key-secret=S
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 
+from qcowkit.cli.common import warn
 from qcowkit.cli.options import ImageSpec, Secret, parse_objects
+from qcowkit.codecs.qcow2.luks_params import LEGACY_AES
 from qcowkit.engine.options import OpenOptions, Secrets
 from qcowkit.errors import RequestError
-
-_KEY_SECRET = re.compile(r"((?:backing\.)*)(?:encrypt\.)?key-secret")
-_METHOD = re.compile(r"(?:backing\.)*encrypt\.format")
-_METHODS = ("aes", "luks", "qcow")
-
-
-def take_key_secrets(
-    options: Mapping[str, str], *, flag: str
-) -> tuple[dict[int, str], dict[str, str]]:
-    """The ids of secrets by depth in the chain, and the keys that are left.
-
-    `encrypt.format` may be said as well; the image knows better. Raises RequestError."""
-    names: dict[int, str] = {}
-    rest: dict[str, str] = {}
-    for key, value in options.items():
-        if found := _KEY_SECRET.fullmatch(key):
-            depth = found[1].count(".")
-            if names.setdefault(depth, value) != value:
-                raise RequestError(f"{flag}: {key}= differs from another spelling of the same key")
-        elif _METHOD.fullmatch(key):
-            if value not in _METHODS:
-                raise RequestError(f"{flag}: {key}= is {value!r}, expected aes or luks")
-        else:
-            rest[key] = value
-    return names, rest
+from qcowkit.operations.encryption import OptionValue, encrypts
 
 
 def secrets_of(args: Namespace, names: Mapping[int, str]) -> Secrets:
@@ -53,6 +30,21 @@ def secrets_of(args: Namespace, names: Mapping[int, str]) -> Secrets:
 def opening_of(args: Namespace, spec: ImageSpec) -> OpenOptions:
     """The options of an operand with its passphrases."""
     return replace(spec.opening, secrets=secrets_of(args, spec.key_secrets))
+
+
+def new_secret(args: Namespace, format: str, values: dict[str, OptionValue]) -> bytes | None:
+    """The passphrase of a new image, None in clear; a warning where it does not help much.
+
+    Without `key-secret` a single --object secret is taken. Raises RequestError."""
+    given = parse_objects(args.objects)
+    if not encrypts(format, values):
+        return None
+    if values.get("encrypt.format") == "aes" or values.get("encryption"):
+        warn(args, [LEGACY_AES])
+    key = next((key for key in ("encrypt.key-secret", "key-secret") if key in values), None)
+    if key is not None:
+        return find_secret(given, str(values[key]), what=f"-o {key}")
+    return next(iter(given.values())).data if len(given) == 1 else None
 
 
 def find_secret(given: Mapping[str, Secret], name: str, *, what: str = "key-secret") -> bytes:

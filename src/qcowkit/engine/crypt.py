@@ -52,22 +52,22 @@ class DataCipher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncryptedWrite(Write):
-    """A write whose buffers hold guest bytes, whole sectors each, and are encrypted on the way.
+    """A write of guest bytes, whole sectors in each buffer, that become ciphertext where they are.
 
-    guest: guest offset of the first byte."""
+    The buffers are used up: whoever asked for the write has no other use for them. guest: guest
+    offset of the first byte."""
 
     cipher: DataCipher
     guest: int
 
     def run(self) -> None:
-        """Carry it out; the buffers stay as they are."""
+        """Carry it out, piece by piece: each goes to the host while it is in the cache."""
         done = 0
-        pieces: list[bytearray] = []
         for buffer in self.buffers:
             view = memoryview(buffer)
             for at in range(0, len(view), PIECE):
                 part = view[at : at + PIECE]
-                host, guest = self.offset + done, self.guest + done
-                pieces.append(self.cipher.encrypt(part, host=host, guest=guest))
+                place = self.offset + done
+                self.cipher.encrypt_in_place(part, host=place, guest=self.guest + done)
+                self.storage.pwrite([part], offset=place)
                 done += len(part)
-        self.storage.pwrite(pieces, offset=self.offset)

@@ -56,7 +56,7 @@ class Write:
     """Buffers, one behind the other, at a host offset of a storage."""
 
     storage: Storage
-    buffers: Sequence[bytes | memoryview]
+    buffers: Sequence[bytes | bytearray | memoryview]
     offset: int
 
     def run(self) -> None:

@@ -32,6 +32,7 @@ from qcowkit.operations.create import (
     qcow2_spec,
     refuse_overlap,
 )
+from qcowkit.operations.encryption import encrypts, require_new_secret
 from qcowkit.operations.existing import existing_options, hold_existing
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
@@ -44,12 +45,14 @@ from qcowkit.units import SECTOR, align_up
 class ConvertOptions:
     """Options of a conversion, named as the flags of the command line; sizes in bytes.
 
-    create: options of the new image. sparse_size: shortest hole of a raw target, 0 allocates
-    everything. copy_range: let the host copy, without looking for zeros. start, length: the part of
-    the source to copy. size: of the target's disk, larger than the source's or None."""
+    create: options of the new image. secret: its passphrase where it shall be encrypted.
+    sparse_size: shortest hole of a raw target, 0 allocates everything. copy_range: let the host
+    copy, without looking for zeros. start, length: the part of the source to copy. size: of the
+    target's disk, larger than the source's or None."""
 
     format: str
     create: Mapping[str, OptionValue] = field(default_factory=dict)
+    secret: bytes | None = field(default=None, repr=False)
     compress: bool = False
     backing: str | None = None
     backing_format: str | None = None
@@ -135,6 +138,7 @@ def _into_new(
     progress: ProgressReport,
 ) -> int:
     create = _create_options(path, disk, options)
+    require_new_secret(create.format, create.values, create.secret)
     size = max(disk.size, options.size or 0, create.size or 0)
     if create.size is not None and create.size < disk.size:
         raise RequestError(
@@ -215,7 +219,7 @@ def _create_options(
 ) -> CreateOptions:
     if options.in_place:
         return existing_options(path, options.format, source_size=disk.size)
-    create = CreateOptions.of(options.format, options.create)
+    create = CreateOptions.of(options.format, options.create, secret=options.secret)
     return create.with_values(backing_file=options.backing, backing_fmt=options.backing_format)
 
 
@@ -279,6 +283,8 @@ def _host_copy(
     if options.compress or options.salvage or options.sparse_size is not None:
         return None
     if create.values.get("preallocation", "off") != "off":
+        return None
+    if encrypts(create.format, create.values):
         return None
     if _can_share(disk, output.storage):
         return _share

@@ -12,6 +12,8 @@ from typing import Self
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
+from qcowkit.codecs.qcow2.luks_params import Encryption
+from qcowkit.engine.luks.format import new_crypt
 from qcowkit.engine.preallocate import preallocate
 from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter
 from qcowkit.engine.qcow2.layout import plan_layout
@@ -23,6 +25,7 @@ from qcowkit.engine.vhd.target import VhdTarget
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.encryption import qcow2_encryption, require_new_secret
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
@@ -34,15 +37,19 @@ DEFAULT_SPARSE = 4 * KiB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateOptions:
-    """A format and its options by their names of the command line, sizes in bytes."""
+    """A format and its options by their names of the command line, sizes in bytes. secret: the
+    passphrase where the new image shall be encrypted."""
 
     format: str
     values: Mapping[str, OptionValue] = field(default_factory=dict)
+    secret: bytes | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, format: str, values: Mapping[str, OptionValue]) -> Self:
+    def of(
+        cls, format: str, values: Mapping[str, OptionValue], *, secret: bytes | None = None
+    ) -> Self:
         """From keys that were parsed; unknown ones are refused by `qcow2_spec` and its like."""
-        return cls(format=format, values=dict(values))
+        return cls(format=format, values=dict(values), secret=secret)
 
     @property
     def size(self) -> int | None:
@@ -88,6 +95,7 @@ def create_image(
     Raises RequestError for options that cannot be, StorageError and all errors of the base."""
     backing = options.text("backing_file")
     refuse_overlap(path, options)
+    require_new_secret(options.format, options.values, options.secret)
     if backing is not None and check_backing:
         size = backing_size(path, options, gate=gate, budget=budget)
         options = options if options.size is not None else options.with_values(size=size)
@@ -212,6 +220,7 @@ def open_target(
             data_storage=data_storage,
             l2_tables=l2_tables,
             data_clusters=data_clusters,
+            secret=options.secret,
         )
     if options.format == "vpc":
         return _vhd_target(storage, options, size=size)
@@ -239,6 +248,7 @@ def qcow2_spec(options: CreateOptions, *, size: int) -> Qcow2Spec:
         backing_format=options.text("backing_fmt"),
         data_file=options.text("data_file"),
         data_file_raw=bool(values.get("data_file_raw", False)),
+        encryption=qcow2_encryption(values),
     )
 
 
@@ -262,9 +272,11 @@ def _qcow2_target(
     data_storage: Storage | None,
     l2_tables: int,
     data_clusters: int,
+    secret: bytes | None,
 ) -> tuple[BulkTarget, Created]:
     geometry = spec.geometry
     external = spec.data_file is not None
+    crypt = None if spec.encryption is None else new_crypt(spec.encryption, secret)
     if spec.preallocated:
         l2_tables, data_clusters = geometry.l1_entries(spec.size), geometry.clusters(spec.size)
     layout = plan_layout(
@@ -272,14 +284,16 @@ def _qcow2_target(
         size=spec.size,
         l2_tables=l2_tables,
         data_clusters=0 if external else data_clusters,
+        crypto_clusters=spec.crypto_bytes // geometry.cluster_size,
     )
     if spec.preallocation in ("falloc", "full"):
         area = geometry.clusters(spec.size) * geometry.cluster_size
         where, offset = (data_storage, 0) if data_storage else (storage, layout.data_offset)
         length = spec.size if data_storage else area
         preallocate(where, offset=offset, length=length, mode=spec.preallocation)
-    writer = Qcow2BulkWriter(storage, spec, layout, data_storage=data_storage)
-    return writer, Created(format="qcow2", size=spec.size, values=_qcow2_values(spec))
+    writer = Qcow2BulkWriter(storage, spec, layout, data_storage=data_storage, crypt=crypt)
+    values = _qcow2_values(spec)
+    return writer, Created(format="qcow2", size=spec.size, values=values)
 
 
 def _qcow2_values(spec: Qcow2Spec) -> dict[str, OptionValue]:
@@ -295,9 +309,27 @@ def _qcow2_values(spec: Qcow2Spec) -> dict[str, OptionValue]:
         "backing_fmt": spec.backing_format,
         "data_file": spec.data_file,
         "data_file_raw": spec.data_file_raw or None,
+        **_encryption_values(spec.encryption),
         "preallocation": None if spec.preallocation == "off" else spec.preallocation,
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _encryption_values(encryption: Encryption | None) -> dict[str, OptionValue | None]:
+    if encryption is None:
+        return {}
+    if encryption.method == "aes":
+        return {"encrypt.format": "aes"}
+    luks = encryption.luks
+    return {
+        "encrypt.format": "luks",
+        "encrypt.cipher-alg": luks.cipher_alg,
+        "encrypt.cipher-mode": luks.cipher_mode,
+        "encrypt.ivgen-alg": luks.ivgen_alg,
+        "encrypt.ivgen-hash-alg": luks.ivgen_hash,
+        "encrypt.hash-alg": luks.hash_alg,
+        "encrypt.iter-time": luks.iter_time,
+    }
 
 
 def _vhd_target(

@@ -79,7 +79,9 @@ def measure_qcow2(spec: Qcow2Spec, source: Chain | None) -> Measurement:
     disk = align_up(spec.size, cluster)
     tables = l2_bytes(geometry, spec.size)
     meta = cluster + tables + align_up(tables // cluster * 8, cluster)
+    # As qemu-img has it, the refcounts are those of an image in clear.
     meta += sum(refcount_clusters(geometry, (meta + disk) // cluster)) * cluster
+    meta += spec.crypto_bytes
     if spec.backing_name is not None or spec.preallocation in ("falloc", "full"):
         data = disk
     else:

@@ -28,6 +28,7 @@ from qcowkit.cli.options import asks_for_help, parse_objects
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_text
 from qcowkit.cli.progress import Progress
+from qcowkit.cli.secrets import new_secret
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.operations.convert import ConvertOptions, convert
@@ -206,6 +207,7 @@ def _options(args: Namespace) -> tuple[str, ConvertOptions]:
     return target, ConvertOptions(
         format=format,
         create=create,
+        secret=new_secret(args, format, create),
         compress=args.compress,
         backing=args.backing,
         backing_format=args.backing_format,

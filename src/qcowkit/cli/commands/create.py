@@ -16,9 +16,10 @@ from qcowkit.cli.common import (
     size_argument,
 )
 from qcowkit.cli.create_options import OptionValue, options_help, parse_create_options
-from qcowkit.cli.options import asks_for_help, parse_objects
+from qcowkit.cli.options import asks_for_help
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_text
+from qcowkit.cli.secrets import new_secret
 from qcowkit.errors import RequestError
 from qcowkit.operations.create import CreateOptions, create_image
 
@@ -76,11 +77,11 @@ def run(args: Namespace) -> int:
     if args.file is None:
         raise RequestError("FILE is missing")
     refuse_stream(args.file)
-    parse_objects(args.objects)
     values = merged_options(args)
+    secret = new_secret(args, args.format, values)
     made = create_image(
         args.file,
-        CreateOptions.of(args.format, values),
+        CreateOptions.of(args.format, values, secret=secret),
         gate=make_gate(args),
         check_backing=not args.unsafe,
     )

@@ -20,11 +20,11 @@ from qcowkit.cli.common import (
     refuse_stream,
     warn,
 )
-from qcowkit.cli.open_options import parse_open_options
+from qcowkit.cli.open_options import parse_open_options, take_key_secrets
 from qcowkit.cli.options import ImageSpec, parse_image_opts, parse_objects, parse_options
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import printable, write_error, write_lines
-from qcowkit.cli.secrets import opening_of, take_key_secrets
+from qcowkit.cli.secrets import opening_of
 from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain
 from qcowkit.image.registry import open_chain

@@ -19,6 +19,7 @@ MIN_ITERATIONS = 1000
 
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT = struct.Struct(">II32sII")
+SLOT_BYTES = _SLOT.size
 _ACTIVE = 0x00AC71F3
 _INACTIVE = 0x0000DEAD
 _KEY_BYTES = (16, 24, 32, 48, 64)
@@ -34,6 +35,12 @@ class LuksSlot:
     salt: bytes
     key_offset: int
     stripes: int
+
+    def encode(self) -> bytes:
+        """The 48 bytes of the slot."""
+        state = _ACTIVE if self.active else _INACTIVE
+        sector = self.key_offset // SECTOR
+        return _SLOT.pack(state, self.iterations, self.salt, sector, self.stripes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +98,32 @@ class LuksHeader:
         header._check_slots(host_offset, length)
         return header
 
+    def encode(self) -> bytes:
+        """The 592 bytes of the header."""
+        raw = _HEADER.pack(
+            LUKS_MAGIC,
+            1,
+            self.cipher.encode("ascii"),
+            self.mode.encode("ascii"),
+            self.hash.encode("ascii"),
+            self.payload_offset // SECTOR,
+            self.key_bytes,
+            self.digest,
+            self.digest_salt,
+            self.digest_iterations,
+            self.uuid.encode("ascii"),
+        )
+        return raw + b"".join(slot.encode() for slot in self.slots)
+
     @property
     def cipher_name(self) -> str:
         """Cipher and key width as qemu names them, such as `aes-256`; XTS uses two half keys."""
         bits = self.key_bytes * 8
         return f"{self.cipher}-{bits // 2 if self.cipher_mode == 'xts' else bits}"
+
+    def slot_offset(self, index: int) -> int:
+        """Where a slot stands in the header, in bytes from its start."""
+        return _HEADER.size + index * _SLOT.size
 
     @property
     def cipher_mode(self) -> str:

@@ -119,9 +119,7 @@ class SectorCipher:
 class _Lane:
     """Contexts and buffers for one thread at a time."""
 
-    def __init__(
-        self, key: bytes, *, tweak: bytes | None, essiv: bytes | None, ivgen: str
-    ) -> None:
+    def __init__(self, key: bytes, *, tweak: bytes | None, essiv: bytes | None, ivgen: str) -> None:
         self._encrypt, self._decrypt = _ecb(key).encryptor(), _ecb(key).decryptor()
         self._tweak = None if tweak is None else _ecb(tweak).encryptor()
         self._essiv = None if essiv is None else _ecb(essiv).encryptor()

@@ -15,8 +15,10 @@ from qcowkit.codecs.qcow2.entries import (
     Uint64Array,
     encode_compressed,
 )
-from qcowkit.codecs.qcow2.extensions import encode_first_cluster
+from qcowkit.codecs.qcow2.extensions import CryptoExtension, encode_first_cluster
 from qcowkit.engine.batches import runs_of
+from qcowkit.engine.crypt import EncryptedWrite
+from qcowkit.engine.luks.format import NewCrypt
 from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout
 from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
@@ -32,7 +34,8 @@ _REFCOUNT_STEP = 1 << 20
 class Qcow2BulkWriter:
     """A `BulkTarget`. The layout is an upper bound; what stays unused is counted as free.
 
-    storage: empty and writable. data_storage: the external data file, where the spec names one."""
+    storage: empty and writable. data_storage: the external data file, where the spec names one.
+    crypt: the keys, where the spec asks for encryption."""
 
     direct_limit = MAX_DIRECT
 
@@ -43,6 +46,7 @@ class Qcow2BulkWriter:
         layout: Layout,
         *,
         data_storage: Storage | None = None,
+        crypt: NewCrypt | None = None,
     ) -> None:
         geometry = spec.geometry
         self._storage = storage
@@ -50,6 +54,8 @@ class Qcow2BulkWriter:
         self._layout = layout
         self._data = data_storage or storage
         self._external = data_storage is not None
+        assert (crypt is None) == (spec.encryption is None), "keys for what is encrypted"
+        self._crypt = crypt
         self._size = geometry.cluster_size
         self._cursor = layout.data_offset
         self._last_compressed = 0
@@ -83,11 +89,29 @@ class Qcow2BulkWriter:
             entries[begin:end] = hosts.view(np.uint64) | np.uint64(COPIED)
             last = min(end * self._size, chunk.length)
             view = chunk.view[begin * self._size : last]
-            writes.append(Write(storage=self._data, buffers=[view], offset=host))
+            guest = chunk.start + begin * self._size
+            writes.append(self._write(view, host=host, guest=guest))
         if bitmaps is not None and self._spec.data_file_raw:
             bitmaps[data] = np.uint64(ALL_ALLOCATED)
         self._l2.put(first, entries, bitmaps)
         return writes
+
+    def _write(self, view: memoryview, *, host: int, guest: int) -> Write:
+        if self._crypt is None:
+            return Write(storage=self._data, buffers=[view], offset=host)
+        buffers: list[bytes | bytearray | memoryview] = [view]
+        # What nobody wrote decrypts to noise: clusters are whole, where the file reaches so far.
+        unit = SECTOR if self._external else self._size
+        if short := -len(view) % unit:
+            whole = len(view) // SECTOR * SECTOR
+            buffers = [view[:whole], bytearray(view[whole:]) + bytes(short)]
+        return EncryptedWrite(
+            storage=self._data,
+            buffers=buffers,
+            offset=host,
+            cipher=self._crypt.cipher,
+            guest=guest,
+        )
 
     def place_zeros(self, start: int, length: int) -> None:
         """See `BulkTarget.place_zeros`."""
@@ -127,6 +151,7 @@ class Qcow2BulkWriter:
         l1_first = layout.l1_offset // size
         l2_first = layout.l2_offset // size
         self._refcounts.add_run(l1_first, layout.l1_clusters)
+        self._refcounts.add_run(layout.crypto_offset // size, layout.crypto_clusters)
         self._refcounts.add_run(l2_first, self._l2.tables)
         end = ceil_div(self._cursor, size)
         if self._cursor == layout.data_offset:
@@ -146,7 +171,13 @@ class Qcow2BulkWriter:
             refcount_table_offset=layout.refcount_table_offset,
             refcount_table_clusters=layout.refcount_table_clusters,
         )
-        raw = encode_first_cluster(header, self._spec.extensions(), self._spec.backing_name)
+        crypto = None
+        if self._crypt is not None and self._crypt.area:
+            area = self._crypt.area
+            self._storage.pwrite([area], offset=layout.crypto_offset)
+            crypto = CryptoExtension(offset=layout.crypto_offset, length=len(area))
+        extensions = self._spec.extensions(crypto=crypto)
+        raw = encode_first_cluster(header, extensions, self._spec.backing_name)
         self._storage.pwrite([raw], offset=0)
 
     def _allocate(self, first: int, count: int) -> int:
@@ -245,10 +276,13 @@ class Qcow2BulkWriter:
         base = 0 if self._external else self._layout.data_offset
         hosts = base + np.arange(first, first + count, dtype=np.int64) * self._size
         entries = hosts.view(np.uint64) | np.uint64(COPIED)
+        # Zeros of the file are not zeros of the guest where they are decrypted: they must be said.
+        hidden = self._crypt is not None
         if not self._spec.geometry.extended_l2:
-            return entries, None
+            return entries | np.uint64(READS_ZERO if hidden else 0), None
         # Transparent where a backing file shows through; else the host cluster reads as zeros.
-        word = 0 if self._spec.backing_name is not None else ALL_ALLOCATED
+        word = ALL_ZERO if hidden else ALL_ALLOCATED
+        word = 0 if self._spec.backing_name is not None else word
         return entries, np.full(count, word, np.uint64)
 
     def _finish_preallocation(self) -> None:

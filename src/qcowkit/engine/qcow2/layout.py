@@ -1,8 +1,8 @@
 """Where the tables of a new image lie: a closed form of its sizes. Pure.
 
-Order of the file: header, refcount table, refcount blocks, L1, L2 tables, data. create, convert
-and measure share it. What a plan reserves and the content does not need stays a hole that is
-counted as free."""
+Order of the file: header, refcount table, refcount blocks, L1, LUKS header, L2 tables, data.
+create, convert and measure share it. What a plan reserves and the content does not need stays a
+hole that is counted as free."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Layout:
     l1_entries: int
     l2_tables: int
     data_clusters: int
+    crypto_clusters: int = 0
 
     @property
     def refcount_table_offset(self) -> int:
@@ -42,8 +43,12 @@ class Layout:
         return ceil_div(self.l1_entries * 8, self.geometry.cluster_size)
 
     @property
-    def l2_offset(self) -> int:
+    def crypto_offset(self) -> int:
         return self._after(self.l1_offset, self.l1_clusters)
+
+    @property
+    def l2_offset(self) -> int:
+        return self._after(self.crypto_offset, self.crypto_clusters)
 
     @property
     def data_offset(self) -> int:
@@ -58,12 +63,15 @@ class Layout:
         return offset + clusters * self.geometry.cluster_size
 
 
-def plan_layout(geometry: Geometry, *, size: int, l2_tables: int, data_clusters: int) -> Layout:
+def plan_layout(
+    geometry: Geometry, *, size: int, l2_tables: int, data_clusters: int, crypto_clusters: int = 0
+) -> Layout:
     """The layout for at most that many L2 tables and data clusters.
 
     Raises RequestError when the refcount table would be larger than readers accept."""
     l1_entries = geometry.l1_entries(size)
     fixed = 1 + ceil_div(l1_entries * 8, geometry.cluster_size) + l2_tables + data_clusters
+    fixed += crypto_clusters
     blocks, table = refcount_clusters(geometry, fixed)
     if table * geometry.cluster_size > max(MAX_REFCOUNT_TABLE_BYTES, geometry.cluster_size):
         raise RequestError(
@@ -79,6 +87,7 @@ def plan_layout(geometry: Geometry, *, size: int, l2_tables: int, data_clusters:
         l1_entries=l1_entries,
         l2_tables=l2_tables,
         data_clusters=data_clusters,
+        crypto_clusters=crypto_clusters,
     )
 
 

@@ -30,6 +30,7 @@ from qcowkit.codecs.qcow2.header import (
     Incompatible,
 )
 from qcowkit.codecs.qcow2.luks_header import LUKS_HEADER_BYTES, LuksHeader
+from qcowkit.codecs.qcow2.luks_params import LEGACY_AES
 from qcowkit.codecs.qcow2.snapshots import (
     MAX_SNAPSHOT_ENTRY,
     MAX_SNAPSHOT_TABLE_BYTES,
@@ -393,10 +394,7 @@ def _load_luks(storage: Storage, extensions: Extensions) -> LuksHeader | None:
 def _warnings(header: Header, extensions: Extensions, virtual_size: int) -> tuple[str, ...]:
     found = []
     if header.crypt_method == CryptMethod.AES:
-        found.append(
-            "the content is encrypted with legacy AES, which does not withstand an attacker: "
-            "convert it with -o encrypt.format=luks"
-        )
+        found.append(LEGACY_AES)
     if header.size != virtual_size:
         found.append(f"the size {header.size} is not a whole number of sectors and is cut")
     if extensions.bitmaps is not None and not _active_bitmaps(header):

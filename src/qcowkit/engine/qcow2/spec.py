@@ -7,10 +7,12 @@ from typing import Final
 
 from qcowkit.codecs.qcow2.compression import COMPRESSION_TYPES, ZLIB, ZSTD
 from qcowkit.codecs.qcow2.dirty_tables import plan_dirty_tables
-from qcowkit.codecs.qcow2.extensions import Extensions, encode_first_cluster
+from qcowkit.codecs.qcow2.extensions import CryptoExtension, Extensions, encode_first_cluster
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS, Geometry
-from qcowkit.codecs.qcow2.header import CompressionType, Header, new_header
+from qcowkit.codecs.qcow2.header import CompressionType, CryptMethod, Header, new_header
+from qcowkit.codecs.qcow2.luks_params import Encryption
 from qcowkit.errors import RequestError, UnsupportedFeature
+from qcowkit.units import align_up
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 
@@ -30,6 +32,7 @@ class Qcow2Spec:
     backing_format: str | None = None
     data_file: str | None = None
     data_file_raw: bool = False
+    encryption: Encryption | None = None
 
     def __post_init__(self) -> None:
         """Raise RequestError for what the format does not allow, before any file is touched."""
@@ -38,6 +41,7 @@ class Qcow2Spec:
         _check_size(self)
         _check_preallocation(self)
         _check_data_file(self)
+        _check_encryption(self)
 
     @property
     def preallocated(self) -> bool:
@@ -58,14 +62,23 @@ class Qcow2Spec:
             compression_type=CompressionType.ZSTD
             if self.compression_type == ZSTD
             else CompressionType.ZLIB,
+            crypt_method=_crypt_method(self.encryption),
             lazy_refcounts=self.lazy_refcounts,
             data_file=self.data_file is not None,
             data_file_raw=self.data_file_raw,
         )
 
-    def extensions(self) -> Extensions:
-        """The header extensions of the new image."""
-        plain = Extensions(backing_format=self.backing_format, data_file=self.data_file)
+    @property
+    def crypto_bytes(self) -> int:
+        """Bytes of the LUKS header with its key material, in whole clusters."""
+        length = 0 if self.encryption is None else self.encryption.header_bytes
+        return align_up(length, self.geometry.cluster_size)
+
+    def extensions(self, *, crypto: CryptoExtension | None = None) -> Extensions:
+        """The header extensions of the new image. crypto: where its LUKS header is."""
+        plain = Extensions(
+            backing_format=self.backing_format, data_file=self.data_file, crypto=crypto
+        )
         if not self.lazy_refcounts:
             return plain
         geometry = self.geometry
@@ -145,8 +158,26 @@ def _check_data_file(spec: Qcow2Spec) -> None:
         return
 
 
+def _check_encryption(spec: Qcow2Spec) -> None:
+    if spec.encryption is None:
+        return
+    if spec.data_file_raw:
+        raise RequestError("data_file_raw=on excludes encryption: a raw disk is in clear")
+    if spec.preallocation != "off" and spec.version < 3:
+        # Its clusters would have to read as zeros without having been written.
+        raise RequestError("preallocation with encryption needs compat=1.1, found compat=0.10")
+
+
+def _crypt_method(encryption: Encryption | None) -> CryptMethod:
+    if encryption is None:
+        return CryptMethod.NONE
+    return CryptMethod.LUKS if encryption.method == "luks" else CryptMethod.AES
+
+
 def refuse_compressed_data_file(spec: Qcow2Spec) -> None:
     """Raise where compressed clusters are asked for and cannot be."""
+    if spec.encryption is not None:
+        raise UnsupportedFeature("compression", reason="compressed clusters would not be encrypted")
     if spec.data_file is not None:
         raise UnsupportedFeature(
             "compression", reason="an external data file cannot hold compressed clusters"
