@@ -193,3 +193,15 @@ def test_a_failed_write_to_a_device_leaves_no_trace_in_its_retry() -> None:
     put(writer, b"2", offset=BLOCK)
     writer.flush()
     assert content(device) == bytes(BLOCK) + b"2" + bytes(3 * BLOCK - 1)
+
+
+def test_zeros_over_a_parent_that_failed_can_be_tried_again() -> None:
+    device = MemoryDevice(build(disk_type=DIFFERENCING), size=DEVICE)
+    parent = per_byte(b"parent..", 4 * BLOCK)
+    writer = open_writer(FaultyStorage(device, Fault(operation="zero", call=2)), parent)
+    with pytest.raises(StorageError):
+        writer.write_zeroes(offset=0, length=2 * BLOCK)
+    assert writer.blocks.sectors.tolist() == [-1] * 4
+    writer.write_zeroes(offset=0, length=2 * BLOCK)
+    writer.flush()
+    assert content(device, parent) == bytes(2 * BLOCK) + parent[2 * BLOCK :]
