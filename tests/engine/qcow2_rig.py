@@ -117,10 +117,11 @@ class Rig:
         header = load_qcow2_metadata(MemoryStorage(raw), budget=TRUSTED).header
         geometry = self.state.geometry
         size, order = geometry.cluster_size, geometry.refcount_order
-        at = header.refcount_table_offset
+        place, length = header.refcount_table_offset, header.refcount_table_clusters * size
+        table = raw[place : place + length].rstrip(b"\0")
         counts: list[int] = []
-        for place in range(at, at + header.refcount_table_clusters * size, 8):
-            block = int.from_bytes(raw[place : place + 8], "big")
+        for at in range(0, len(table), 8):
+            block = int.from_bytes(table[at : at + 8].ljust(8, b"\0"), "big")
             part = raw[block : block + size].ljust(size, b"\0") if block else bytes(size)
             counts += decode_refcounts(part, order).tolist()
         return counts
