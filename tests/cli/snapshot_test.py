@@ -9,6 +9,8 @@ import pytest
 
 from tests.command import qcow
 
+pytestmark = pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
+
 
 def make(folder: Path) -> Path:
     path = folder / "disk.qcow2"

@@ -153,6 +153,7 @@ def test_a_freed_cluster_is_not_given_out_before_it_is_released(punch: bool) -> 
     assert bench.allocator.allocate(1).first == min(freed)
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_only_what_nobody_refers_to_any_more_is_released() -> None:
     bench = Bench(clusters={0: b"x", 1: b"y"})
     shared = bench.rig.host(0) // SIZE
@@ -343,6 +344,7 @@ def test_a_full_block_is_looked_at_again_once_something_is_freed_there() -> None
 # Compressed bytes.
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_compressed_bytes_are_packed_until_a_cluster_is_full() -> None:
     bench = Bench()
     places = [bench.allocator.allocate_bytes(200) for _ in range(5)]
@@ -353,6 +355,7 @@ def test_compressed_bytes_are_packed_until_a_cluster_is_full() -> None:
     bench.audit()
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_compressed_bytes_cross_into_the_next_cluster_only_if_it_is_the_next() -> None:
     bench = Bench()
     first = bench.allocator.allocate_bytes(300)
@@ -361,6 +364,7 @@ def test_compressed_bytes_cross_into_the_next_cluster_only_if_it_is_the_next() -
     assert bench.allocator.allocate_bytes(300) // SIZE == first // SIZE + 2
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_what_fits_exactly_leaves_nothing_to_pack_into() -> None:
     bench = Bench()
     first = bench.allocator.allocate_bytes(312)
@@ -385,6 +389,7 @@ def test_the_last_count_is_never_exceeded_by_packing() -> None:
     bench.allocator.apply_raised()
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 @pytest.mark.parametrize("freed", ["the cluster of the cursor", "another"])
 def test_the_cursor_goes_with_its_cluster(freed: str) -> None:
     bench = Bench()

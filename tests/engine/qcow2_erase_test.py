@@ -15,6 +15,8 @@ from qcowkit.testing.qcow2_builder import Cluster, Compressed, Data, SnapshotSpe
 from qcowkit.units import GiB, KiB, MiB, TiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("clusters of 4 KiB without subclusters", "extended_l2")
+
 SIZE, WIDE_SIZE, PART = 4 * KiB, 16 * KiB, 512
 GUEST = random.Random(1).randbytes(MiB)
 BASE = random.Random(2).randbytes(MiB)
@@ -47,6 +49,7 @@ def mixed(size: int, *, compressed: bool = True) -> dict[int, Cluster]:
 # Content.
 
 
+@pytest.mark.pinned("bytes compressed by another image", "compression_type=zstd")
 @pytest.mark.parametrize("unmap", [False, True])
 @pytest.mark.parametrize("base", [None, BASE])
 @pytest.mark.parametrize(
@@ -100,6 +103,7 @@ def test_the_end_of_the_disk_ends_a_whole_cluster() -> None:
     rig.assert_clean()
 
 
+@pytest.mark.pinned("zero clusters", "compat=0.10")
 @pytest.mark.parametrize("spec", [{}, WIDE])
 def test_a_discard_over_a_base_reads_as_zeros_and_is_seen_as_such(spec: dict[str, Any]) -> None:
     """S002-06: not as what lies below."""
@@ -186,6 +190,7 @@ def test_a_part_of_a_subcluster_is_zeroed_by_its_bit_where_the_rest_is_zero_alre
     )
 
 
+@pytest.mark.pinned("bytes compressed by another image", "compression_type=zstd")
 @pytest.mark.parametrize("where", ["begins", "ends", "lies"])
 def test_a_part_of_a_compressed_cluster_is_zeroed_by_writing_or_refused(where: str) -> None:
     """Without the way out nothing at all is changed, wherever in the range the cluster is."""
@@ -237,6 +242,7 @@ def test_zeros_that_would_have_to_be_written_are_refused_on_demand(
 # Space.
 
 
+@pytest.mark.pinned("zero clusters", "compat=0.10")
 def test_zeroing_keeps_the_cluster_and_unmapping_gives_it_up() -> None:
     rig = Rig(clusters={0: GUEST[:SIZE], 1: GUEST[:SIZE]})
     kept, freed = rig.host(0), rig.host(SIZE)
@@ -291,6 +297,7 @@ def test_zeros_without_unmap_are_never_passed_down() -> None:
     assert rig.file.of("discard") == []
 
 
+@pytest.mark.pinned("zero clusters", "compat=0.10")
 def test_discarded_clusters_that_keep_their_place_are_hollowed_out_at_once() -> None:
     options = OpenOptions(discard=True, discard_no_unref=True)
     rig = Rig(clusters={0: GUEST[:SIZE], 1: packed(SIZE)}, options=options)
@@ -325,6 +332,7 @@ def test_a_raw_data_file_has_the_zeros_itself(unmap: bool) -> None:
 # Long ranges.
 
 
+@pytest.mark.pinned("zero clusters", "compat=0.10")
 def test_one_call_covers_more_than_4_gib() -> None:
     """S003-37: bytes and 64 bits, whatever the edges."""
     rig = Rig(size=TiB, cluster_bits=21)

@@ -179,6 +179,7 @@ def test_all_structures_of_an_image_are_known() -> None:
     assert not hits(guard, rig.host(0) // SIZE)
 
 
+@pytest.mark.pinned("clusters of 4 KiB", "cluster_size=512")
 def test_tables_of_snapshots_are_looked_at_only_where_all_is_asked_for() -> None:
     built = build_qcow2(snapshots=[SnapshotSpec(id="1", clusters={0: b"y"})])
     rig = Rig(built)

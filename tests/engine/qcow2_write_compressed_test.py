@@ -14,6 +14,8 @@ from qcowkit.testing.qcow2_builder import Compressed, SnapshotSpec, Zero
 from qcowkit.units import KiB, MiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("clusters of 4 KiB", "extended_l2", "cluster_size=512")
+
 SIZE = 4 * KiB
 
 
@@ -27,6 +29,7 @@ def noise(seed: int) -> bytes:
     return random.Random(seed).randbytes(SIZE)
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_neighbours_are_packed_into_one_host_cluster() -> None:
     rig = Rig()
     for index in range(3):
@@ -42,6 +45,7 @@ def test_neighbours_are_packed_into_one_host_cluster() -> None:
     rig.assert_clean()
 
 
+@pytest.mark.pinned("shared host clusters", "refcount_bits=1")
 def test_a_request_of_many_clusters_is_packed_across_host_clusters() -> None:
     rig = Rig()
     content = b"".join(text(index) for index in range(30))
@@ -99,6 +103,7 @@ def test_the_cursor_is_dropped_without_a_flush_too() -> None:
     rig.assert_clean()
 
 
+@pytest.mark.pinned("bytes compressed by another image", "compression_type=zstd")
 def test_a_decoded_cluster_is_forgotten_when_its_place_is_used_again() -> None:
     source = Rig()
     source.chain.write_compressed(b"a" * SIZE, offset=0)

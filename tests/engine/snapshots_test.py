@@ -22,6 +22,8 @@ from qcowkit.testing.faulty import Fault, FaultyStorage
 from qcowkit.testing.qcow2_builder import build_qcow2
 from qcowkit.units import KiB, MiB
 
+pytestmark = pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
+
 SIZE = MiB
 KINDS = [
     {"cluster_bits": 16},
