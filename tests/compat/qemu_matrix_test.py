@@ -197,19 +197,19 @@ def check_creating(case: Case) -> None:
     assert_both_see_the_same()
 
 
-@pytest.mark.pinned("the matrix says every option", "data_file")
+@pytest.mark.pinned("the matrix says every option")
 @every_pair
 def test_we_read_what_qemu_writes(case: Case) -> None:
     check_reading(case)
 
 
-@pytest.mark.pinned("the matrix says every option", "data_file", "compression_type=zstd")
+@pytest.mark.pinned("the matrix says every option")
 @every_pair
 def test_qemu_reads_what_we_convert(case: Case) -> None:
     check_converting(case)
 
 
-@pytest.mark.pinned("the matrix says every option", "data_file", "compression_type=zstd")
+@pytest.mark.pinned("the matrix says every option")
 @every_pair
 def test_qemu_reads_and_writes_what_we_create(case: Case) -> None:
     check_creating(case)

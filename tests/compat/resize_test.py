@@ -14,7 +14,10 @@ from qcowkit.units import KiB, MiB
 from tests.command import qcow
 from tests.peers import peer, run_peer
 
-pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
+pytestmark = [
+    pytest.mark.peer("qemu-img", "qemu-io"),
+    pytest.mark.pinned("the matrix says every option"),
+]
 
 IMAGE = "disk.qcow2"
 SIZE = 4 * MiB
