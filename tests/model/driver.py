@@ -69,12 +69,15 @@ class Driver:
                 assert not (discard and self._discard_makes_room()), "a discarded range is refused"
             else:
                 assert self.files.data is None
+                assert self.kind.secret is None
                 self.model.write(data, offset=offset)
 
     def _discard_makes_room(self) -> bool:
         kind = self.kind
         erases = kind.version >= 3 or kind.base is None
-        return erases and not kind.data_file and not kind.open_options.discard_no_unref
+        if kind.data_file or kind.secret is not None:
+            return False
+        return erases and not kind.open_options.discard_no_unref
 
     def write_zeroes(self, *, offset: int, length: int, unmap: bool, fallback: bool) -> None:
         with self._step(f"write_zeroes({offset=}, {length=}, {unmap=}, {fallback=})"):
@@ -122,7 +125,8 @@ class Driver:
         if size < self.size:
             return preallocation != "off" or (kind.has_snapshot and kind.version < 3)
         hides = kind.base is not None and not kind.extended
-        return preallocation != "off" and hides
+        noise = kind.secret is not None and kind.version < 3
+        return preallocation != "off" and (hides or noise)
 
     def read(self, *, offset: int, length: int) -> None:
         with self._step(f"read({offset=}, {length=})"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.compression import make_compressor
-from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.image.chain import Chain
 from qcowkit.image.lineage import Layer
 from qcowkit.image.metadata import load_metadata
@@ -101,7 +101,7 @@ class ModelKind:
 
     options: of its creation. spec: an image of the builder in place of a created one. base: what
     lies below. data_file: guest data lie in a second file. open_options: of every opening for
-    writing. hollow: see `ModelStorage`."""
+    writing. hollow: see `ModelStorage`. secret: the passphrase where the disk is encrypted."""
 
     name: str
     size: int
@@ -112,6 +112,7 @@ class ModelKind:
     data_file: bool = False
     open_options: OpenOptions = DEFAULT_OPTIONS
     hollow: bool = True
+    secret: bytes | None = None
 
     @property
     def cluster_size(self) -> int:
@@ -158,7 +159,10 @@ class ModelKind:
         if self.base is not None:
             values |= {"backing_file": "base", "backing_fmt": self.base.format}
         target, _ = open_target(
-            image, CreateOptions(format="qcow2", values=values), size=self.size, data_storage=data
+            image,
+            CreateOptions(format="qcow2", values=values, secret=self.secret),
+            size=self.size,
+            data_storage=data,
         )
         target.finish()
         if data is not None:
@@ -179,6 +183,7 @@ class ModelKind:
         if self.base is not None:
             layers.append(self.base.open())
         options = self.open_options if writable else DEFAULT_OPTIONS
+        options = replace(options, secrets=Secrets(other=self.secret))
         return build_chain(layers, writable=writable, snapshot=snapshot, options=options)
 
 
@@ -239,6 +244,11 @@ _TIGHT = OpenOptions(l2_cache_size=512, l2_cache_entry_size=512, refcount_cache_
 _EAGER = OpenOptions(discard=True, pass_discard_other=True, overlap_check="all")
 _KEEPING = OpenOptions(discard=True, discard_no_unref=True)
 _512 = {"cluster_size": 512}
+_LUKS: Mapping[str, OptionValue] = {
+    "encrypt.format": "luks",
+    "encrypt.cipher-alg": "aes-128",
+    "encrypt.iter-time": 1,
+}
 
 KINDS = {
     kind.name: kind
@@ -434,6 +444,47 @@ KINDS = {
             base=Base(format="qcow2", size=200 * KiB),
             open_options=_KEEPING,
             hollow=False,
+        ),
+        ModelKind(
+            name="luks",
+            size=256 * KiB,
+            capacity=512 * KiB,
+            options={"cluster_size": 4 * KiB, **_LUKS},
+            open_options=_EAGER,
+            secret=b"model",
+        ),
+        ModelKind(
+            name="luks, subclusters, longer base",
+            size=384 * KiB + 512,
+            capacity=768 * KiB,
+            options={"cluster_size": 16 * KiB, "extended_l2": True, **_LUKS},
+            base=Base(format="raw", size=500 * KiB),
+            open_options=_TIGHT,
+            secret=b"model",
+        ),
+        ModelKind(
+            name="luks, data file, cluster by cluster",
+            size=2 * MiB + 512,
+            capacity=4 * MiB,
+            options=_LUKS,
+            data_file=True,
+            open_options=_KEEPING,
+            secret=b"model",
+        ),
+        ModelKind(
+            name="legacy encryption",
+            size=64 * KiB,
+            capacity=160 * KiB,
+            options={"cluster_size": 512, "encrypt.format": "aes"},
+            secret=b"model",
+        ),
+        ModelKind(
+            name="legacy encryption, version 2, shorter base",
+            size=128 * KiB,
+            capacity=256 * KiB,
+            options={"cluster_size": 1 * KiB, "compat": "0.10", "encrypt.format": "aes"},
+            base=Base(format="qcow2", size=100 * KiB),
+            secret=b"model",
         ),
         ModelKind(
             name="zstd, no checks of overlaps",

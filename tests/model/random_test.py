@@ -115,8 +115,12 @@ def test_qemu_finds_the_image_sound_and_reads_the_same(name: str, tmp_path: Path
         options += f",data-file.driver=file,data-file.filename={tmp_path / 'data'}"
     if kind.base is not None:
         (tmp_path / "base").write_bytes(kind.base.to_bytes())
-    run_peer("qemu-img", "check", "--image-opts", options)
+    secret: tuple[str, ...] = ()
+    if kind.secret is not None:
+        secret = ("--object", f"secret,id=s,data={kind.secret.decode()}")
+        options += ",encrypt.key-secret=s"
+    run_peer("qemu-img", "check", *secret, "--image-opts", options)
     raw = tmp_path / "raw"
-    run_peer("qemu-img", "convert", "--image-opts", options, "-O", "raw", raw)
+    run_peer("qemu-img", "convert", *secret, "--image-opts", options, "-O", "raw", raw)
     assert driver.model.find_difference(raw.read_bytes()) is None
     assert raw.stat().st_size == driver.size

@@ -37,18 +37,28 @@ class WritableQcow2Image(Qcow2Image):
         budget: Budget,
         options: OpenOptions,
         observe: Observer = ignore_event,
+        secret: bytes | None = None,
     ) -> None:
         """observe: told of barriers and metadata steps by name, before they happen."""
         _check_writable(metadata)
         barriers = Barriers(storage, observe=observe)
         metadata = recover_for_writing(storage, metadata, barriers=barriers)
         super().__init__(
-            metadata, storage, data_storage=data_storage, budget=budget, options=options
+            metadata,
+            storage,
+            data_storage=data_storage,
+            budget=budget,
+            options=options,
+            secret=secret,
         )
         # Holes that the host reported once are filled by what is written later.
         self._asked_host = True
         places = Places(
-            storage=storage, data=self.data_storage, metadata=metadata, mapping=self.mapping
+            storage=storage,
+            data=self.data_storage,
+            metadata=metadata,
+            mapping=self.mapping,
+            cipher=self.cipher,
         )
         self.disk = Qcow2Disk(places, self.clusters, options=options, observe=observe)
 
@@ -104,9 +114,10 @@ class WritableQcow2Image(Qcow2Image):
 
 
 def _check_writable(metadata: Qcow2Metadata) -> None:
-    if metadata.encrypted is not None:
+    if metadata.encrypted is not None and metadata.data_file_raw:
         raise UnsupportedFeature(
-            f"{metadata.encrypted} encryption", reason="encrypted images are only read yet"
+            "encryption with a raw data file",
+            reason="a raw disk is in clear, and what is written into this one would not be",
         )
     if metadata.corrupt:
         raise CorruptMetadata(

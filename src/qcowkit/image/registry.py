@@ -155,6 +155,7 @@ def build_writable(layer: Layer, *, budget: Budget, options: OpenOptions) -> Wri
             data_storage=layer.data_storage,
             budget=budget,
             options=options,
+            secret=options.secrets.at(0),
         )
     if isinstance(layer.metadata, VhdMetadata):
         return WritableVhdImage(layer.metadata, layer.storage)

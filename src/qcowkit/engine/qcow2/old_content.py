@@ -9,7 +9,7 @@ from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.errors import CorruptMetadata
 from qcowkit.extents.table import Flag, Hit
-from qcowkit.units import align_up
+from qcowkit.units import SECTOR, align_up
 
 
 class Below(Protocol):
@@ -79,7 +79,7 @@ class OldContent:
 
     def _read_run(self, kind: Hit, host: int, view: memoryview, offset: int) -> None:
         if kind == Hit.DATA:
-            self._read_data(host, view)
+            self._read_data(host, view, offset)
         elif kind == Hit.NONE:
             self._read_below(view, offset)
         elif kind == Hit.OTHER:
@@ -87,7 +87,18 @@ class OldContent:
             rows = [row for row in table if row.flags & Flag.COMPRESSED]
             self._clusters.read_into(rows, view, base=offset)
 
-    def _read_data(self, host: int, view: memoryview) -> None:
+    def _read_data(self, host: int, view: memoryview, offset: int) -> None:
+        cipher = self._state.cipher
+        if cipher is None:
+            self._read_stored(host, view)
+            return
+        head = offset % SECTOR
+        sectors = memoryview(bytearray(align_up(head + len(view), SECTOR)))
+        self._read_stored(host - head, sectors)
+        cipher.decrypt(sectors, host=host - head, guest=offset - head)
+        view[:] = sectors[head : head + len(view)]
+
+    def _read_stored(self, host: int, view: memoryview) -> None:
         count = self._state.data.pread_into(view, offset=host)
         if count == len(view):
             return

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from qcowkit.codecs.qcow2.entries import READS_ZERO
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES
 from qcowkit.codecs.qcow2.transitions import hosts_of, preallocate, put_entries, slice_columns
 from qcowkit.engine import preallocate as host_space
@@ -63,6 +64,11 @@ class Resizer:
             )
         if size < before:
             self._check_shrink(size, before, shrink=shrink, preallocation=preallocation)
+        elif preallocation != "off" and state.cipher and state.header.header.version < 3:
+            raise RequestError(
+                f"preallocation={preallocation} of an encrypted image needs compat=1.1: "
+                "only its clusters can read as zeros before they are written"
+            )
         elif preallocation != "off" and self._old.below and not self._geometry.has_subclusters:
             raise RequestError(
                 f"preallocation={preallocation} over a backing file needs subclusters "
@@ -195,6 +201,9 @@ class Resizer:
         )
         assert entries is not None
         preallocate(entries, bitmaps, host=host, cluster_size=self._size)
+        if state.cipher is not None and bitmaps is None:
+            # Zeros of the file are none of the guest's: they must be said.
+            entries |= np.uint64(READS_ZERO)
         put_entries(words, first=index, entries=entries, bitmaps=bitmaps)
         return count
 

@@ -11,6 +11,7 @@ from qcowkit.codecs.qcow2.entries import COPIED, OFFSET_MASK
 from qcowkit.engine.qcow2.old_content import OldContent
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.errors import CorruptMetadata
+from qcowkit.units import SECTOR
 
 _FLAGS = (1 << 64) - 1 - OFFSET_MASK
 
@@ -37,6 +38,7 @@ class SmallWriter:
         self._owned = state.owned
         self._recent = state.guard.recent
         self._external = state.external
+        self._cipher = state.cipher
         self._take = state.allocator.take_fresh
         self._put = state.data.pwrite
 
@@ -69,13 +71,18 @@ class SmallWriter:
             return False
         if host >> self._bits in self._recent:
             return False
+        content: memoryview | bytearray = data
+        if self._cipher is not None:
+            if (offset | length) % SECTOR:
+                return False
+            content = self._cipher.encrypt(data, host=host + inside, guest=offset)
         self._barriers.pending = True
-        self._put((data,), offset=host + inside)
+        self._put((content,), offset=host + inside)
         return True
 
     def _allocate(self, number: int, index: int, span: int, data: memoryview, offset: int) -> bool:
         """A cluster that is nowhere yet goes into one that reads as zeros."""
-        if self._external or number not in self._owned:
+        if self._external or self._cipher is not None or number not in self._owned:
             return False
         inside = offset & self._mask
         start, end = offset - inside, self._size

@@ -19,6 +19,7 @@ from qcowkit.codecs.qcow2.entries import (
 from qcowkit.codecs.qcow2.header import Incompatible
 from qcowkit.codecs.qcow2.transitions import hosts_of, slice_columns
 from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.crypt import DataCipher
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.allocator import NEVER, Allocator, Grant
 from qcowkit.engine.qcow2.cache_sizes import full_l2_bytes, plan_cache_sizes
@@ -37,12 +38,14 @@ from qcowkit.units import SECTOR, align_down, ceil_div
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """What a writer is made of. data: where guest clusters lie, `storage` itself mostly."""
+    """What a writer is made of. data: where guest clusters lie, `storage` itself mostly. cipher: of
+    guest data that are encrypted."""
 
     storage: Storage
     data: Storage
     metadata: Qcow2Metadata
     mapping: Mapping
+    cipher: DataCipher | None = None
 
 
 class WriteState:
@@ -66,6 +69,7 @@ class WriteState:
         self.data = places.data
         self.metadata = metadata
         self.mapping = places.mapping
+        self.cipher = places.cipher
         self.tables = places.mapping.tables
         self.geometry = metadata.geometry
         self.external = metadata.data_file

@@ -30,8 +30,10 @@ from qcowkit.codecs.qcow2.transitions import (
     put_entry,
     slice_columns,
 )
+from qcowkit.engine.crypt import PIECE, DataCipher
 from qcowkit.engine.qcow2.old_content import OldContent
 from qcowkit.engine.qcow2.state import WriteState
+from qcowkit.units import SECTOR, align_down, align_up
 
 Part = memoryview | bytes | bytearray
 IN_PLACE, KEPT, MOVED = range(3)
@@ -253,12 +255,54 @@ class Writer:
         if state.external:
             # A data file ends with the disk, also where that is within a cluster.
             end = min(end, max(stop, state.mapping.size))
+        if state.cipher is not None:
+            if piece.kind == IN_PLACE:
+                begin, end = offset, stop
+            self._encrypt_data(state.cipher, piece, data, offset, begin, end)
+            return
         if piece.kind == IN_PLACE or (begin == offset and end == stop):
             state.data.pwrite((data,), offset=piece.host + offset - start)
             return
         buffers, begin = self._surround(piece, data, offset, begin, end)
         state.barriers.observe("cow_write")
         state.data.pwrite(buffers, offset=piece.host + begin - start)
+
+    def _encrypt_data(
+        self,
+        cipher: DataCipher,
+        piece: Piece,
+        data: memoryview,
+        offset: int,
+        begin: int,
+        end: int,
+    ) -> None:
+        """The same where sectors are encrypted: whole ones, with all that they hold beside the
+        guest's bytes, in one buffer each time. Zeros are written too: zeros of the file are none of
+        the guest's."""
+        state = self._state
+        start = piece.first << self._bits
+        begin, end = align_down(begin, SECTOR), align_up(end, SECTOR)
+        if begin < offset or end > offset + len(data):
+            state.barriers.observe("cow_write")
+        while begin < end:
+            to = min(end, begin + PIECE)
+            buffer = self._around(data, offset, begin, to)
+            host = piece.host + begin - start
+            cipher.encrypt_in_place(buffer, host=host, guest=begin)
+            state.data.pwrite((buffer,), offset=host)
+            begin = to
+
+    def _around(self, data: memoryview, offset: int, begin: int, end: int) -> bytearray:
+        """Guest bytes [begin, end) as they shall be, `data` at `offset` among them."""
+        buffer = bytearray(end - begin)
+        low = min(max(begin, offset), end)
+        high = min(max(begin, offset + len(data)), end)
+        buffer[low - begin : high - begin] = data[low - offset : high - offset]
+        for start, stop in ((begin, low), (high, end)):
+            old = self._old.read_or_none(start, stop - start)
+            if old is not None:
+                buffer[start - begin : stop - begin] = old
+        return buffer
 
     def _surround(
         self, piece: Piece, data: memoryview, offset: int, begin: int, end: int

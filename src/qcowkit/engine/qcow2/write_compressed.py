@@ -32,6 +32,8 @@ class CompressedWriter:
     def _check(self, length: int, offset: int) -> None:
         state, size = self._state, self._size
         stop = offset + length
+        if state.cipher is not None:
+            raise RequestError("compressed clusters cannot be encrypted")
         if state.external:
             raise RequestError("compressed clusters cannot lie in an external data file")
         whole = not offset % size and (not stop % size or stop == state.mapping.size)
