@@ -206,7 +206,7 @@ class BrokenBelow:
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("length", [1, 3 * SIZE])
 def test_a_corrupt_base_is_no_corruption_of_the_image(warm: bool, length: int) -> None:
-    rig = Rig(clusters=CLUSTERS)
+    rig = Rig(clusters=CLUSTERS, watch=False)
     rig.image.attach(BrokenBelow())
     if warm:
         rig.chain.write(GUEST[:SIZE], offset=8 * SIZE)

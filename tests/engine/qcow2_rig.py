@@ -6,6 +6,7 @@ from typing import Any
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.refcount_block import decode_refcounts
+from qcowkit.engine.barriers import ignore_event
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.extents.table import Extent, Flag
@@ -34,10 +35,12 @@ class Rig:
         below: bytes | None = None,
         options: OpenOptions = DEFAULT_OPTIONS,
         storage: Storage | None = None,
+        watch: bool = True,
         **spec: Any,
     ) -> None:
         """below: a raw layer under the image. storage: what holds the image, in place of plain
-        memory. spec: changes to the default image of the builder."""
+        memory. watch: whether `events` are told; small writes take a shorter way where nobody
+        watches. spec: changes to the default image of the builder."""
         self.built = build_qcow2(**spec) if built is None else built
         self.memory = MemoryStorage(self.built.to_bytes(), name="<image>")
         self.file = RecordingStorage(self.memory if storage is None else storage)
@@ -52,7 +55,7 @@ class Rig:
             data_storage=None if external is None else self.data,
             budget=TRUSTED,
             options=options,
-            observe=self.events.append,
+            observe=self.events.append if watch else ignore_event,
         )
         images: list[Image] = [self.image]
         if below is not None:

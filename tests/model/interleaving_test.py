@@ -80,7 +80,8 @@ class Interrupt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """A guest cluster in a state, and a change to it. wide: with subclusters, 16 KiB. read: how
-    much of it a reader asks for."""
+    much of it a reader asks for. again: it is not the first change, so that a small write goes the
+    short way."""
 
     name: str
     cluster: Cluster | None
@@ -89,6 +90,7 @@ class Scene:
     base: bool = False
     snapshot: bool = False
     read: tuple[int, int] = (0, SIZE)
+    again: bool = False
 
     def build(self) -> BuiltImage:
         clusters: dict[int, Cluster] = {1: GUEST[:SIZE]}
@@ -103,7 +105,9 @@ class Scene:
         )
 
     def set_up(self, built: BuiltImage) -> Rig:
-        rig = Rig(built, below=BELOW if self.base else None, options=EAGER)
+        rig = Rig(built, below=BELOW if self.base else None, options=EAGER, watch=False)
+        if self.again:
+            rig.chain.write(b"x", offset=rig.chain.size - 1)
         self.look(rig)
         return rig
 
@@ -149,7 +153,15 @@ WIDE_READ = (PART, 3 * PART)
 
 SCENES = [
     Scene(name="new", cluster=None, change=write(0, SIZE)),
+    Scene(name="new, the short way", cluster=None, again=True, change=write(0, SIZE)),
     Scene(name="new, over a base", cluster=None, base=True, change=write(100, 50)),
+    Scene(
+        name="new, over a base, the short way",
+        cluster=None,
+        base=True,
+        again=True,
+        change=write(100, 50),
+    ),
     Scene(name="in place", cluster=GUEST[:SIZE], change=write(0, SIZE)),
     Scene(name="shared", cluster=GUEST[:SIZE], snapshot=True, change=write(100, 50)),
     Scene(name="zero", cluster=Zero(), base=True, change=write(100, 50)),
@@ -171,6 +183,15 @@ SCENES = [
         wide=True,
         base=True,
         change=write(PART, 3 * PART),
+        read=WIDE_READ,
+    ),
+    Scene(
+        name="subclusters, new, the short way",
+        cluster=None,
+        wide=True,
+        base=True,
+        again=True,
+        change=write(PART + 5, 2 * PART),
         read=WIDE_READ,
     ),
     Scene(
