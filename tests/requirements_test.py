@@ -55,14 +55,13 @@ PARTS = set(_PARTS.split())
 # What milestone 1 brings whole.
 OWN = {"format", "map", "headers", "cli", "kit"}
 # Rows of these parts that stand on verbs of later milestones: amend, the commands that stand in for
-# others, identity, the L2-less form, encryption.
+# others, identity, the L2-less form.
 LATER = {
     "S001-19": "amend",
     "S001-32": "amend",
     "S002-10": "identity",
     "S002-15": "L2-less form",
     "S002-17": "L2-less form",
-    "S003-32": "encryption",
     "S004-11": "stand-in commands",
     "S004-13": "stand-in commands",
     "S004-14": "stand-in commands",

@@ -65,6 +65,7 @@ VERBS = (
     Verb(name="measure", summary="say how large an image would become"),
     Verb(name="create", summary="make a new, empty image"),
     Verb(name="resize", summary="change the size of a disk in place"),
+    Verb(name="amend", summary="change the options of an image in place"),
     Verb(name="snapshot", summary="list, take, go back to and delete snapshots in an image"),
     Verb(name="dd", summary="copy a part of a disk"),
     Verb(name="bench", summary="time the requests of one size that a disk answers"),

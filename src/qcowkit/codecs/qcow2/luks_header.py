@@ -19,7 +19,8 @@ MIN_ITERATIONS = 1000
 
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT = struct.Struct(">II32sII")
-SLOT_BYTES = _SLOT.size
+# The first field of a slot: active or not.
+SLOT_STATE_BYTES = 4
 _ACTIVE = 0x00AC71F3
 _INACTIVE = 0x0000DEAD
 _KEY_BYTES = (16, 24, 32, 48, 64)

@@ -1,0 +1,132 @@
+"""`qcow amend`: other options for an image that exists."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Literal, cast
+
+from qcowkit.budget import TRUSTED
+from qcowkit.cli import exits
+from qcowkit.cli.common import (
+    add_format,
+    add_gate,
+    add_image_opts,
+    add_objects,
+    add_quiet,
+    image_specs,
+    make_gate,
+)
+from qcowkit.cli.options import Secret, asks_for_help, parse_objects, parse_options
+from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_lines, write_text
+from qcowkit.cli.secrets import find_secret, opening_of
+from qcowkit.errors import RequestError
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.keyslots import KeyChange, change_keys
+
+PREFIX = "encrypt."
+_HELP = """options of amend, for images encrypted with LUKS:
+  encrypt.state=<str>       active adds a passphrase, inactive takes one away
+  encrypt.new-secret=<str>  id of the --object secret with the passphrase to add
+  encrypt.old-secret=<str>  id of the --object secret whose slots become inactive
+  encrypt.keyslot=<num>     the slot, 0 to 7; the first free one when a key is added
+  encrypt.iter-time=<num>   milliseconds that trying the new passphrase takes; 2000 when not given
+"""
+_KEYS = ("state", "new-secret", "old-secret", "keyslot", "iter-time")
+
+
+def configure(parser: Parser) -> None:
+    """Flags of qemu-img amend."""
+    parser.add_argument("file", metavar="FILE", nargs="?", help="image to change")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="what shall change as key=value,...; -o help lists the keys",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite a key slot that is active, or give up the last key and so the content",
+    )
+    add_format(parser)
+    add_quiet(parser)
+    add_objects(parser)
+    add_image_opts(parser)
+    add_gate(parser)
+    parser.examples(
+        "qcow amend --object secret,id=a,file=pass --object secret,id=b,file=new --image-opts "
+        "-o encrypt.state=active,encrypt.new-secret=b "
+        "driver=qcow2,encrypt.key-secret=a,file.filename=disk.qcow2",
+        "qcow amend -o encrypt.state=inactive,encrypt.keyslot=1 disk.qcow2",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Change the image and say what is true now."""
+    if asks_for_help(args.options):
+        write_text(_HELP)
+        return exits.SUCCESS
+    if args.file is None:
+        raise RequestError("FILE is missing")
+    options = parse_options(args.options)
+    if not options:
+        raise RequestError("-o is missing: it says what shall change (-o help)")
+    change = parse_key_change(options, parse_objects(args.objects))
+    (spec,) = image_specs(args, [args.file], format=args.format)
+    opening = opening_of(args, spec)
+    layers = open_layers(
+        spec.path,
+        format=spec.format,
+        gate=make_gate(args),
+        budget=TRUSTED,
+        writable=True,
+        follow_backing=False,
+        follow_data=False,
+        locking=opening.locking,
+    )
+    try:
+        done = change_keys(layers[0], change, secret=opening.secrets.at(0), force=args.force)
+    finally:
+        close_layers(layers)
+    if not args.quiet:
+        write_lines([f"{spec.path}: {done.render()}"])
+    return exits.SUCCESS
+
+
+def parse_key_change(options: dict[str, str], secrets: dict[str, Secret]) -> KeyChange:
+    """The change of key slots that the keys ask for; the prefix may be left out, as it is for a
+    disk of format luks. Raises RequestError that names the key."""
+    values: dict[str, str] = {}
+    for key, value in options.items():
+        name = key.removeprefix(PREFIX)
+        if name not in _KEYS:
+            raise RequestError(f"-o {key}: not an option that can be amended (see -o help)")
+        values[name] = value
+    state = values.get("state")
+    if state not in ("active", "inactive"):
+        found = "missing" if state is None else repr(state)
+        raise RequestError(f"-o {PREFIX}state is {found}, expected active or inactive")
+    return KeyChange(
+        state=cast("Literal['active', 'inactive']", state),
+        new_secret=_secret(values, "new-secret", secrets),
+        old_secret=_secret(values, "old-secret", secrets),
+        slot=_number(values, "keyslot"),
+        iter_time=_number(values, "iter-time"),
+    )
+
+
+def _secret(values: dict[str, str], key: str, secrets: dict[str, Secret]) -> bytes | None:
+    name = values.get(key)
+    return None if name is None else find_secret(secrets, name, what=f"-o {PREFIX}{key}")
+
+
+def _number(values: dict[str, str], key: str) -> int | None:
+    text = values.get(key)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise RequestError(f"-o {PREFIX}{key} is {text!r}, expected a whole number")
+    return int(text)
