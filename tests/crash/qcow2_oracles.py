@@ -9,8 +9,9 @@ from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.image.chain import data_rows
 from qcowkit.testing.crash_disks import DiskKind
+from qcowkit.testing.crash_effects import Content
 from qcowkit.testing.crash_oracle import CrashedDisk, read_disk
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.units import align_up
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 
+from qcowkit.testing.crash_effects import Content
 from qcowkit.testing.crash_states import EXHAUSTIVE, iter_crash_states, split_epochs
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_storage import CrashFiles
 
 
 def files_of(*contents: bytes) -> CrashFiles:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import random
 
-from qcowkit.testing.crash_storage import (
+from qcowkit.testing.crash_effects import (
     PAGE,
     Content,
-    CrashFiles,
-    CrashStorage,
     SizeEffect,
     WriteEffect,
     ZeroEffect,
@@ -17,6 +15,7 @@ from qcowkit.testing.crash_storage import (
     replay,
     tear,
 )
+from qcowkit.testing.crash_storage import CrashFiles, CrashStorage
 from qcowkit.testing.storage_suite import StorageSuite, failure_of
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from qcowkit.errors import StorageError
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_effects import Content
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.crash_workload import Plan
 from qcowkit.testing.fault_loop import (
     ALL_BUT_ONE,
@@ -127,7 +128,7 @@ class CarefulDisk(ToyDisk):
 
 
 def test_a_careful_writer_is_never_accused() -> None:
-    report = fault_disk(CarefulToy(), seed=1, plan=PLAN)
+    report = fault_disk(CarefulToy(), seed=1, plan=PLAN, most=16)
     assert report.faults == (), str(report)
     assert report.cases > 100
 
@@ -153,5 +154,6 @@ class ForgetfulDisk(CarefulDisk):
 
 
 def test_a_writer_whose_memory_says_what_the_disk_does_not_is_found() -> None:
-    found = [fault_disk(ForgetfulToy(), seed=seed, plan=PLAN, kinds=KINDS) for seed in range(2)]
-    assert any(report.faults for report in found)
+    once = KINDS[0]
+    report = fault_disk(ForgetfulToy(), seed=0, plan=PLAN, kinds=[once])
+    assert any("expected value" in fault for fault in report.faults), str(report)

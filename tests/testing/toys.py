@@ -9,7 +9,8 @@ import struct
 from typing import Any
 
 from qcowkit.errors import RequestError
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_effects import Content
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.guest_log import Int64Array, sector_values
 
 SECTOR = 512
@@ -115,7 +116,10 @@ class ToyDisk:
             self.data.flush()
         if self.map != self.stored:
             raw = b"".join(self.words().pack(word) for word in self.map)
-            self.storage.pwrite([raw], offset=self.toy.map_at)
+            # A write that is cut short shall not end within a word: it begins and ends with
+            # bytes that mean nothing.
+            buffers = [bytes(2), raw, bytes(2)]
+            self.storage.pwrite(buffers, offset=self.toy.map_at - 2)
             self.stored = list(self.map)
         if self.toy.bug != "flush of nothing":
             self.storage.flush()

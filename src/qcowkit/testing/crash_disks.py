@@ -16,7 +16,8 @@ from qcowkit.image.lineage import Layer
 from qcowkit.image.metadata import load_metadata
 from qcowkit.image.registry import build_chain
 from qcowkit.operations.create import CreateOptions, OptionValue, open_target
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_effects import Content
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.guest_log import Int64Array, sector_values
 from qcowkit.testing.stamps import make_stamps
 from qcowkit.units import SECTOR, KiB

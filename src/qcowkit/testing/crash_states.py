@@ -12,9 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qcowkit.testing.crash_storage import (
+from qcowkit.testing.crash_effects import (
     Content,
-    CrashFiles,
     DataEffect,
     Effect,
     SizeEffect,
@@ -22,6 +21,7 @@ from qcowkit.testing.crash_storage import (
     replay,
     tear,
 )
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.units import SECTOR
 
 # Up to that many effects in flight, all of their subsets are tried.

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from qcowkit.errors import StorageError
 from qcowkit.storage.protocol import Storage
+from qcowkit.testing.crash_effects import Content
 from qcowkit.testing.crash_oracle import (
     CrashedDisk,
     GuestDataKept,
@@ -22,7 +23,7 @@ from qcowkit.testing.crash_oracle import (
     Recovers,
 )
 from qcowkit.testing.crash_states import CrashState, iter_crash_states
-from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.crash_workload import Crashable, Guest, Plan
 from qcowkit.testing.faulty import Fault, FaultyStorage
 
