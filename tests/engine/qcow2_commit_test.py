@@ -62,7 +62,9 @@ def test_an_allocating_write_is_flushed_with_two_barriers_and_one_more_for_its_t
     rig = Rig()
     rig.chain.write(GUEST, offset=0)
     rig.chain.flush()
-    assert story(rig) == ["data", "refcount block", "flush", "L2", "flush", "L1", "flush"]
+    # The file is made to hold the table before anything leads to it: the host may be full later.
+    assert story(rig)[0] == "truncate"
+    assert story(rig)[1:] == ["data", "refcount block", "flush", "L2", "flush", "L1", "flush"]
     rig.forget()
     rig.chain.write(GUEST, offset=SIZE)
     rig.chain.flush()

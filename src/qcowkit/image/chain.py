@@ -220,7 +220,7 @@ class Chain:
         stop = start + length
         while start < stop:
             _, kind, _, run = self._lookup(start)
-            if kind in (Hit.DATA, Hit.OTHER):
+            if run <= 0 or kind in (Hit.DATA, Hit.OTHER):
                 return False
             start += run
         return True
@@ -231,6 +231,9 @@ class Chain:
         position, stop = offset, offset + len(view)
         while position < stop:
             image, kind, host, run = self._lookup(position)
+            if run <= 0:
+                # Somebody has made the disk smaller.
+                return False
             part = view[position - offset : position - offset + run]
             if kind == Hit.DATA and image is not None:
                 if image.data_storage.pread_into(part, offset=host) < len(part):

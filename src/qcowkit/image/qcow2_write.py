@@ -53,6 +53,7 @@ class WritableQcow2Image(Qcow2Image):
         )
         # Holes that the host reported once are filled by what is written later.
         self._asked_host = True
+        self.clusters.lasting = False
         places = Places(
             storage=storage,
             data=self.data_storage,

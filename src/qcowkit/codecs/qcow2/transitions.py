@@ -20,6 +20,7 @@ from qcowkit.codecs.qcow2.entries import (
     OFFSET_MASK,
     READS_ZERO,
     Uint64Array,
+    compressed_extent,
 )
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.extents.table import Int64Array
@@ -139,6 +140,13 @@ def compressed(entries: Uint64Array) -> BoolArray:
     """Which entries are compressed descriptors."""
     mask: BoolArray = (entries & _COMPRESSED) != 0
     return mask
+
+
+def compressed_clusters(entry: int, *, geometry: Geometry) -> tuple[int, int]:
+    """(first, count) of the host clusters that a compressed descriptor touches."""
+    host, length = compressed_extent(entry, geometry=geometry)
+    first = host >> geometry.cluster_bits
+    return first, ((host + length - 1) >> geometry.cluster_bits) + 1 - first
 
 
 def mark_copied(entries: Uint64Array, where: Int64Array, copied: BoolArray) -> None:

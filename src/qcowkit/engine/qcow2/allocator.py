@@ -217,6 +217,12 @@ class Allocator:
             index -= 1
         return index
 
+    def forget_window(self) -> None:
+        """Look for free clusters anew: refcount blocks have gone."""
+        self.apply_raised()
+        self._next = self._limit = 0
+        self._scan = 0
+
     def cut(self, clusters: int) -> None:
         """The file was cut to `clusters` clusters: what lies behind is nobody's, and fresh."""
         self._next = self._limit = 0

@@ -62,23 +62,31 @@ class MetadataCache(Generic[Value]):
         return len(self._young) + len(self._old)
 
     def get(self, key: int, *, offset: int) -> Value:
-        """The entry, read at host `offset` where it is not in memory. Raises StorageError."""
+        """The entry, read at host `offset` where it is not in memory. Raises StorageError.
+
+        For callers to whom the entry cannot go away meanwhile; others use `get_if`."""
+        while True:
+            value = self.get_if(key, offset=offset, stores=self.stores)
+            if value is not None:
+                return value
+
+    def get_if(self, key: int, *, offset: int, stores: int) -> Value | None:
+        """The same; None where entries were written or dropped since `stores` was what it says:
+        then `offset` may no longer be where the entry lies. Raises StorageError."""
         value = self._young.get(key)
-        if value is not None:
-            return value
-        with self._lock:
-            value = self._promote(key)
-            stores = self.stores
-        while value is None:
-            raw = self._storage.pread(self.entry_size, offset=offset)
-            # The file may end inside of its last cluster.
-            loaded = self._decode(raw.ljust(self.entry_size, b"\0"))
+        if value is None:
             with self._lock:
                 value = self._promote(key)
-                if value is None and self.stores == stores:
-                    self._insert(key, loaded)
-                    return loaded
-                stores = self.stores
+        if value is not None:
+            return value
+        raw = self._storage.pread(self.entry_size, offset=offset)
+        # The file may end inside of its last cluster.
+        loaded = self._decode(raw.ljust(self.entry_size, b"\0"))
+        with self._lock:
+            value = self._promote(key)
+            if value is None and self.stores == stores:
+                self._insert(key, loaded)
+                return loaded
         return value
 
     def edit(self, key: int, *, offset: int, first: int, last: int) -> Value:
@@ -126,23 +134,27 @@ class MetadataCache(Generic[Value]):
 
         Whole sectors are written, so that a torn write cannot mix two states of one word. Nothing
         counts as written if any part fails. Raises StorageError."""
-        for offset, parts in self._runs(place):
+        with self._lock:
+            # Readers move entries between the generations meanwhile; their values stay.
+            changed = [(place(key), self._value(key), span) for key, span in self._dirty.items()]
+        for offset, parts in self._runs(changed):
             self._storage.pwrite(parts, offset=offset)
         with self._lock:
             self._dirty.clear()
             self.stores += 1
 
-    def _runs(self, place: Callable[[int], int]) -> Iterator[tuple[int, list[bytes]]]:
+    def _runs(
+        self, changed: list[tuple[int, Value, tuple[int, int]]]
+    ) -> Iterator[tuple[int, list[bytes]]]:
         """(host offset, pieces that follow one another)."""
         begin, end, parts = 0, -1, list[bytes]()
-        for offset, key in sorted((place(key), key) for key in self._dirty):
-            first, last = self._dirty[key]
+        for offset, value, (first, last) in sorted(changed, key=lambda one: one[0]):
             first, last = align_down(first, SECTOR), align_up(last, SECTOR)
             if offset + first != end:
                 if parts:
                     yield begin, parts
                 begin, parts = offset + first, []
-            parts.append(self._encode(self._value(key), first, last))
+            parts.append(self._encode(value, first, last))
             end = offset + last
         if parts:
             yield begin, parts

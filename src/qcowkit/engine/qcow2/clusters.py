@@ -35,21 +35,18 @@ def plan_spans(runs: Sequence[Extent]) -> Iterator[tuple[int, int, Sequence[Exte
 
 
 class ClusterReader:
-    """Decodes compressed clusters of one file. Safe from several threads."""
+    """Decodes compressed clusters of one file. Safe from several threads.
+
+    lasting: nobody writes the file, so that what was decoded last may be kept. A reader without a
+    lock could otherwise keep what it found at a place that has changed hands."""
 
     def __init__(self, storage: Storage, *, kind: str, cluster_size: int) -> None:
+        self.lasting = True
         self._storage = storage
         self._kind = kind
         self._cluster_size = cluster_size
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        self._version = 0
-
-    def forget(self) -> None:
-        """Host clusters have changed hands: nothing that was decoded counts any more."""
-        with self._lock:
-            self._version += 1
-            self._recent.clear()
 
     def read_into(self, runs: Sequence[Extent], buffer: memoryview, *, base: int) -> None:
         """Put the bytes of compressed rows where they belong; buffer[0] is guest offset `base`."""
@@ -83,11 +80,11 @@ class ClusterReader:
     def _read_part(self, run: Extent, buffer: memoryview, base: int) -> None:
         """Small sequential reads come back to the same cluster: keep the last few decoded."""
         with self._lock:
-            data, version = self._recent.get(run.host), self._version
+            data = self._recent.get(run.host)
         if data is None:
             data = self.decode(self.read_stored(run), host=run.host)
             with self._lock:
-                if self._version == version:
+                if self.lasting:
                     self._recent[run.host] = data
                 while len(self._recent) > max(1, _KEEP_BYTES // self._cluster_size):
                     self._recent.popitem(last=False)

@@ -49,7 +49,6 @@ class Qcow2Disk:
             options=options,
         )
         self.state = state
-        self._clusters = clusters
         self._old = OldContent(state, clusters)
         self._writer = Writer(state, self._old)
         self._eraser = Eraser(state, self._writer, self._old)
@@ -119,6 +118,9 @@ class Qcow2Disk:
             if self.state.broken is None:
                 with self._guarded():
                     self.state.close()
+            elif self.state.staged:
+                # What was acknowledged and not flushed is lost, and must not be lost in silence.
+                raise self.state.broken
 
     def clean(self) -> None:
         """Drop cached tables that were not used since the last time."""
@@ -135,8 +137,7 @@ class Qcow2Disk:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Notice what the image's own tables contradict, and what changes hands."""
-        releases = self.state.releases
+        """Notice what the image's own tables contradict."""
         try:
             yield
         except CorruptMetadata as error:
@@ -146,8 +147,6 @@ class Qcow2Disk:
         finally:
             if self.state.barriers.failed:
                 self._ready = False
-            if self.state.releases != releases:
-                self._clusters.forget()
 
 
 def make_guard(

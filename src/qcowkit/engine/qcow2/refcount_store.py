@@ -179,10 +179,17 @@ class RefcountStore:
                     return block * self.per_block + last
         return -1
 
-    def drop_empty_tail(self) -> list[int]:
-        """Take blocks that count nothing but themselves off the end of the table; returns their
-        clusters. They are gone once `store_table` has written that."""
-        dropped = []
+    def take_back_drop(self, dropped: list[tuple[int, int]]) -> None:
+        """What `drop_empty_tail` has returned is in the table again."""
+        for index, word in dropped:
+            self.table[index] = word
+            self._new_entries.add(index)
+        self.last_used = _last_nonzero(self.table)
+
+    def drop_empty_tail(self) -> list[tuple[int, int]]:
+        """Take blocks that count nothing but themselves off the end of the table; returns (index,
+        entry) of each. They are gone once `store_table` has written that."""
+        dropped: list[tuple[int, int]] = []
         while self.last_used > 0:
             block, bits = self.last_used, self.geometry.cluster_bits
             cluster = self._block_offset(block) >> bits
@@ -192,10 +199,10 @@ class RefcountStore:
                 break
             if read_count(raw, order, inside) != 1:
                 break
+            dropped.append((block, self.table[block]))
             self.table[block] = 0
             self._new_entries.add(block)
             self.blocks.drop(range(block, block + 1))
-            dropped.append(cluster)
             self.last_used = _last_nonzero(self.table)
         return dropped
 

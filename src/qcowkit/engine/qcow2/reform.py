@@ -140,15 +140,13 @@ class Reform:
     def _switch(self, header: Header) -> None:
         raw, old = header.encode()[:_FIELDS], self._metadata.header.encode()[:_FIELDS]
         self._barriers.pending = True
+        # From here on the header may name the new metadata, whatever ends this call.
+        self._keep = True
         try:
             self._storage.pwrite([raw], offset=0)
         except StorageError:
-            # A part of it may be there. Where the old one cannot be put back either, the new
-            # metadata must stay for it.
-            try:
-                self._storage.pwrite([old], offset=0)
-            except StorageError:
-                self._keep = True
+            # A part of it may be there; the old one is put back if that can be.
+            self._storage.pwrite([old], offset=0)
             raise
 
     def _cut(self, size: int) -> None:
@@ -159,6 +157,8 @@ class Reform:
     # Where everything goes
 
     def _plan(self, change: Change, snapshot_bytes: int) -> _Places:
+        # What a hostile image makes far larger than its file is refused before memory is taken.
+        self._effort.spend(self._first)
         l2_count = int(np.count_nonzero(change.active.tables))
         kept = 0 if change.kept_l1 is None else len(change.kept_l1)
         at = self._first

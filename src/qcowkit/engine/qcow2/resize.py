@@ -20,6 +20,9 @@ from qcowkit.engine.qcow2.write import Writer
 from qcowkit.errors import RequestError, StorageError
 from qcowkit.units import SECTOR, align_down, align_up
 
+# Runs of clusters that wait for their release: beyond that many they take too much memory.
+_MANY = 1 << 18
+
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 
 
@@ -154,11 +157,6 @@ class Resizer:
             self._preallocate_slice(position, stop, mode)
             state.settle()
             position = stop
-        if not state.external:
-            last = state.allocator.end_of_grants << bits
-            if last > state.storage.size() and not state.storage.caps.block_device:
-                state.storage.truncate(last)
-                state.barriers.pending = True
 
     def _preallocate_slice(self, begin: int, end: int, mode: str) -> None:
         state, bits = self._state, self._geometry.cluster_bits
@@ -189,6 +187,8 @@ class Resizer:
             if not zero:
                 # They hold what somebody else left there.
                 state.data.zero(offset=host, length=length, unmap=mode == "metadata")
+            if not state.external:
+                state.cover(host + length)
             host_space.preallocate(state.data, offset=host, length=length, mode=mode)
             words = state.edit(number, first=index, last=index + count)
         except BaseException:
@@ -214,6 +214,7 @@ class Resizer:
         first_table = self._geometry.l1_entries(size)
         kept_end = min(first_table * self._geometry.l2_coverage, align_up(before, self._size))
         begin = align_up(size, self._size)
+        self._read_tables(first_table)
         if begin < kept_end:
             self._eraser.erase(begin, kept_end, self._eraser.rules(full=True))
         # Slices are written to where their L1 entry leads: before those entries go.
@@ -228,20 +229,29 @@ class Resizer:
         state.mapping.size = size
         self._cut_file(size)
 
+    def _read_tables(self, first: int) -> None:
+        """What cannot be read, or contradicts itself, is found before anything is given up."""
+        state, per_table = self._state, self._state.tables.slices_per_table
+        used = np.flatnonzero(hosts_of(state.tables.l1[first:])) + first
+        for index in used.tolist():
+            for number in range(index * per_table, (index + 1) * per_table):
+                state.slice(number)
+
     def _drop_tables(self, first: int) -> None:
         """Give up whole L2 tables, and all that they refer to."""
         state, per_table = self._state, self._state.tables.slices_per_table
         used = np.flatnonzero(hosts_of(state.tables.l1[first:])) + first
         for index in used.tolist():
-            for number in range(index * per_table, (index + 1) * per_table):
-                entries, _ = slice_columns(state.slice(number), geometry=self._geometry)
-                self._writer.give_up(entries.copy(), punch=True)
+            # All of a table is read before any of it is given up: reading may fail.
+            slices = range(index * per_table, (index + 1) * per_table)
+            columns = [slice_columns(state.slice(one), geometry=self._geometry) for one in slices]
+            entries = np.concatenate([column for column, _ in columns])
             table = int(hosts_of(state.tables.l1[index : index + 1])[0])
+            state.drop_table(index)
+            self._writer.give_up(entries, punch=True)
             state.allocator.free(table // self._size, 1, punch=True)
-        for index in used.tolist():
-            state.forget_slices(range(index * per_table, (index + 1) * per_table))
-        if len(used):
-            state.clear_l1(first)
+            if state.allocator.quarantined > _MANY:
+                state.commit()
 
     def _cut_file(self, size: int) -> None:
         """The tail that nobody uses goes; where that fails, it only stays."""

@@ -17,7 +17,12 @@ from qcowkit.codecs.qcow2.entries import (
     find_fault,
 )
 from qcowkit.codecs.qcow2.header import Incompatible
-from qcowkit.codecs.qcow2.transitions import hosts_of, slice_columns
+from qcowkit.codecs.qcow2.transitions import (
+    compressed,
+    compressed_clusters,
+    hosts_of,
+    slice_columns,
+)
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.crypt import DataCipher
 from qcowkit.engine.options import OpenOptions
@@ -130,10 +135,11 @@ class WriteState:
             self.allocator.free(grant.first, 1, punch=False)
             raise
         self.guard.note("active-l2", first=grant.first)
+        self._dirty_l1.add(index)
+        self.tables.l1[index] = np.uint64(host | COPIED)
+        # Last: whatever ends this call before may leak the old table, and never gives it away.
         if old:
             self.allocator.free(old // size, 1, punch=self.options.pass_discard_other)
-        self.tables.l1[index] = np.uint64(host | COPIED)
-        self._dirty_l1.add(index)
 
     def _fill_table(self, old: int, grant: Grant, host: int) -> None:
         """A new L2 table starts as a copy of the one that was shared, or with zeros."""
@@ -147,6 +153,15 @@ class WriteState:
         elif not grant.zero:
             self.barriers.observe("l2_alloc_write")
             self.storage.pwrite([bytes(size)], offset=host)
+        else:
+            self.cover(host + size)
+
+    def cover(self, end: int) -> None:
+        """The file reaches to host offset `end`, before anything leads to what it is to hold: the
+        host may be full when that is written. Raises StorageError."""
+        if not self.storage.caps.block_device and self.storage.size() < end:
+            self.barriers.pending = True
+            self.storage.truncate(end)
 
     def slice(self, number: int) -> array[int]:
         """The words of a slice that is going to be used for writing, judged once."""
@@ -179,7 +194,12 @@ class WriteState:
         if self.external:
             self._judge_places(number, hosts)
             return
-        self.guard.check_many(hosts[hosts > 0] >> self.geometry.cluster_bits)
+        packed = compressed(entries)
+        plain = hosts[~packed]
+        self.guard.check_many(plain[plain > 0] >> self.geometry.cluster_bits)
+        for entry in entries[packed].tolist():
+            first, count = compressed_clusters(entry, geometry=self.geometry)
+            self.guard.check(first=first, count=count)
 
     def _judge_places(self, number: int, hosts: Int64Array) -> None:
         """Row 13: in a data file guest and host offsets are the same."""
@@ -222,18 +242,19 @@ class WriteState:
         stored = self.load_stored_l1(self.l1_entries_stored)
         first = self.allocator.allocate_run(count)
         self.guard.note("active-l1", first=first, count=count)
+        table = np.zeros(entries, dtype=np.uint64)
+        table[: len(stored)] = stored
+        table[: len(self.tables.l1)] = self.tables.l1
         old = self._moved_l1 or (
             self.header.header.l1_table_offset,
             self.header.header.l1_size,
         )
+        self._moved_l1 = first * size, entries
+        self.tables.l1 = table
         clusters = ceil_div(old[1] * 8, size)
         if clusters:
+            # Last: whatever ends this call before may leak the old table, and never gives it away.
             self.allocator.free(old[0] // size, clusters, punch=self.options.pass_discard_other)
-        table = np.zeros(entries, dtype=np.uint64)
-        table[: len(stored)] = stored
-        table[: len(self.tables.l1)] = self.tables.l1
-        self.tables.l1 = table
-        self._moved_l1 = first * size, entries
 
     @property
     def l1_entries_stored(self) -> int:
@@ -269,20 +290,36 @@ class WriteState:
 
     def drop_empty_blocks(self) -> None:
         """Refcount blocks at the end that count nothing but themselves are of no use."""
-        for cluster in self.refcounts.drop_empty_tail():
-            self.guard.forget(first=cluster, count=1)
-        if self.refcounts.staged:
+        self.allocator.forget_window()
+        dropped = self.refcounts.drop_empty_tail()
+        if not dropped:
+            return
+        try:
             self.refcounts.store_table()
             self.barriers.pending = True
             self.barriers.wait("refcount table before its blocks go")
+        except StorageError:
+            # The table in the file may lead to them still, so they are not free.
+            self.refcounts.take_back_drop(dropped)
+            raise
+        for _, word in dropped:
+            self.guard.forget(first=word >> self.geometry.cluster_bits, count=1)
 
-    def clear_l1(self, first: int) -> None:
-        """Entries from `first` on are gone; the table keeps its length."""
-        used = np.flatnonzero(self.tables.l1[first:] & np.uint64(OFFSET_MASK)) + first
-        self._dirty_l1.update(used.tolist())
-        self.tables.l1[first:] = 0
+    def drop_table(self, index: int) -> None:
+        """An L1 entry leads to nothing any more; what its table referred to is the caller's to
+        free, as the table itself is."""
+        per_table = self.tables.slices_per_table
+        self._dirty_l1.add(index)
+        self.tables.l1[index] = 0
+        # Then its slices: a reader that loads one now finds that there is no table.
+        self.forget_slices(range(index * per_table, (index + 1) * per_table))
 
     # Order
+
+    @property
+    def staged(self) -> bool:
+        """Whether changes wait to be written."""
+        return self.tables.cache.dirty or bool(self._dirty_l1) or self._moved_l1 is not None
 
     def settle(self) -> None:
         """Between the steps of an operation: write back what no longer fits."""

@@ -99,8 +99,17 @@ class L2Tables:
         return (int(self.l1[table]) & OFFSET_MASK) + part * self.slice_size
 
     def slice(self, number: int) -> array[int]:
-        """The words of a slice, whose table must exist. Raises StorageError."""
-        return self.cache.get(number, offset=self.place(number))
+        """The words of a slice. Raises StorageError, and CorruptMetadata where there is no table:
+        a reader may come too late for one that was given up."""
+        index = number // self.slices_per_table
+        while True:
+            # In this order: a table that goes away does so before its slices are dropped.
+            stores = self.cache.stores
+            if not int(self.l1[index]) & OFFSET_MASK:
+                raise CorruptMetadata("L1 table", index=index, reason="there is no L2 table")
+            words = self.cache.get_if(number, offset=self.place(number), stores=stores)
+            if words is not None:
+                return words
 
     def load_part(self, l1_index: int, *, first: int, count: int) -> Uint64Array:
         """Words of entries [first, first + count) of a table, through the cache when they are few.

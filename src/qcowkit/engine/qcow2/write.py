@@ -14,11 +14,11 @@ from qcowkit.codecs.qcow2.entries import (
     ALL_ALLOCATED,
     OFFSET_MASK,
     Uint64Array,
-    compressed_extent,
 )
 from qcowkit.codecs.qcow2.transitions import (
     CopyPlan,
     compressed,
+    compressed_clusters,
     data_entry,
     hosts_of,
     in_place,
@@ -198,6 +198,9 @@ class Writer:
             state.barriers.observe("cluster_alloc")
             granted = state.allocator.allocate(count)
             host, count, zero = granted.first << self._bits, granted.count, granted.zero
+        elif not state.external:
+            # A cluster that counted as free may have become a table since it was judged.
+            state.guard.check(first=host >> self._bits, count=count)
         piece = self._shape(first, count, host, kind, zero, head, tail, view, offset)
         low = max(first << self._bits, offset)
         high = min((first + count) << self._bits, offset + len(view))
@@ -360,11 +363,14 @@ class Writer:
     def give_up_entry(self, entry: int, *, punch: bool = False) -> None:
         """Free what one old entry referred to."""
         if is_compressed(entry):
-            host, length = compressed_extent(entry, geometry=self._geometry)
-            first, last = host >> self._bits, (host + length - 1) >> self._bits
-            self._state.allocator.free(first, last + 1 - first, punch=punch)
+            self._free(*compressed_clusters(entry, geometry=self._geometry), punch=punch)
         elif entry & OFFSET_MASK:
-            self._state.allocator.free((entry & OFFSET_MASK) >> self._bits, 1, punch=punch)
+            self._free((entry & OFFSET_MASK) >> self._bits, 1, punch=punch)
+
+    def _free(self, first: int, count: int, *, punch: bool) -> None:
+        """Give up clusters of data, which must not be those of tables too."""
+        self._state.guard.check(first=first, count=count)
+        self._state.allocator.free(first, count, punch=punch)
 
     def give_up(self, entries: Uint64Array, *, punch: bool = False) -> None:
         """Free what old entries referred to. punch: the host gets the space back."""
@@ -378,7 +384,7 @@ class Writer:
         breaks = np.flatnonzero(np.diff(clusters) != 1) + 1
         for run in np.split(clusters, breaks):
             if len(run):
-                self._state.allocator.free(int(run[0]), len(run), punch=punch)
+                self._free(int(run[0]), len(run), punch=punch)
 
 
 def _contiguous(hosts: list[int], begin: int, end: int, size: int) -> int:
