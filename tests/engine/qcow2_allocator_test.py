@@ -15,6 +15,8 @@ from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.units import KiB, MiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("counts of clusters")
+
 SIZE = 512
 
 

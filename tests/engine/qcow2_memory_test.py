@@ -17,6 +17,8 @@ from qcowkit.operations.create import CreateOptions, create_image
 from qcowkit.units import GiB, KiB, MiB, TiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("sizes of tables")
+
 # One L2 table of the usual clusters.
 COVERAGE = 512 * MiB
 ROUNDS = 2

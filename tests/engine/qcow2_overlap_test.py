@@ -18,6 +18,8 @@ from qcowkit.testing.qcow2_builder import BitmapSpec, SnapshotSpec, build_qcow2
 from qcowkit.units import KiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("places of structures")
+
 SIZE = 512
 
 

@@ -22,6 +22,8 @@ from qcowkit.testing.qcow2_builder import SnapshotSpec, build_qcow2
 from qcowkit.units import KiB, MiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("sizes of tables")
+
 SIZE, COVERAGE = 512, 32 * KiB
 GUEST = random.Random(1).randbytes(256 * KiB)
 SMALL: dict[str, Any] = {"cluster_bits": 9, "size": 64 * KiB}

@@ -12,6 +12,8 @@ from qcowkit.testing.qcow2_builder import Cluster, Data, SnapshotSpec, Zero
 from qcowkit.units import KiB
 from tests.engine.qcow2_rig import Rig
 
+pytestmark = pytest.mark.pinned("kinds of its own")
+
 GUEST = random.Random(1).randbytes(64 * KiB)
 BASE = random.Random(2).randbytes(100 * KiB)
 TIGHT = OpenOptions(l2_cache_size=512, l2_cache_entry_size=512, refcount_cache_size=0)
