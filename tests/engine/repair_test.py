@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import random
-import struct
-import threading
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowkit.codecs.qcow2 import header
-from qcowkit.codecs.qcow2.geometry import Geometry
-from qcowkit.engine import findings
 from qcowkit.engine.findings import Severity
-from qcowkit.engine.qcow2 import repair_snapshots
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
-from qcowkit.engine.qcow2.repair import Repaired, repair_for_writing, repair_qcow2
-from qcowkit.engine.qcow2.repair_rebuild import plan_area
-from qcowkit.engine.repairs import ChangeLog, RepairMode
-from qcowkit.errors import Cancelled, CorruptMetadata, OperationError, StorageError
+from qcowkit.engine.qcow2.repair import repair_for_writing
+from qcowkit.engine.repairs import RepairMode
+from qcowkit.errors import CorruptMetadata, OperationError
 from qcowkit.storage.memory import MemoryStorage
-from qcowkit.storage.protocol import Storage
-from qcowkit.testing.faulty import Fault, FaultyStorage
 from qcowkit.testing.qcow2_builder import (
     BitmapSpec,
-    BuiltImage,
     SnapshotSpec,
     Zero,
     make_luks_area,
@@ -50,11 +38,11 @@ from tests.damage import (
     set_word,
     share,
     spoil_at_random,
-    spoil_snapshots,
     table_entry,
     word_of,
 )
 from tests.qcow2_oracle import view_of, worsened
+from tests.repairing import corruptions, kinds, repair, repair_bytes
 
 WRITES = ("pwrite", "zero", "discard", "allocate", "truncate", "flush")
 SMALL_WINDOW = 256
@@ -70,28 +58,6 @@ SOUND: dict[str, dict[str, Any]] = {
     "LUKS": {"luks": make_luks_area()},
     "data file": {"data_file_name": "disk.raw", "clusters": {0: b"a", 3: b"b"}},
 }
-
-
-def repair(
-    storage: Storage, mode: RepairMode = RepairMode.ALL, **options: Any
-) -> tuple[Repaired, ChangeLog]:
-    changes = ChangeLog()
-    return repair_qcow2(storage, mode=mode, changes=changes, **options), changes
-
-
-def repair_bytes(raw: bytes, mode: RepairMode = RepairMode.ALL, **options: Any) -> bytes:
-    storage = MemoryStorage(raw)
-    repair(storage, mode, **options)
-    return storage.to_bytes()
-
-
-def kinds(changes: ChangeLog) -> set[str]:
-    return {group.kind.name for group in changes.groups}
-
-
-def corruptions(repaired: Repaired) -> list[str]:
-    kept = repaired.after.log.kept
-    return [str(one) for one in kept if one.severity is Severity.CORRUPTION]
 
 
 @pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
@@ -311,138 +277,6 @@ def test_a_file_does_not_grow_over_the_missing_end_of_a_table() -> None:
     assert storage.to_bytes() == raw
 
 
-# Rebuilding
-
-
-class Device(MemoryStorage):
-    """A block device: it never grows."""
-
-    def __init__(self, data: bytes, *, size: int) -> None:
-        super().__init__(data.ljust(size, b"\0"))
-        self._caps = replace(self._caps, block_device=True)
-
-
-def test_a_device_is_rebuilt_behind_its_last_cluster_in_use() -> None:
-    image = make()
-    table_entry(image, 0, 0)
-    storage = Device(image.to_bytes(), size=64 * KiB)
-    repaired, changes = repair(storage)
-    assert kinds(changes) == {"REBUILD"}
-    assert repaired.after.clean
-    assert repaired.metadata.header.refcount_table_offset < 32 * KiB
-    assert storage.size() == 64 * KiB
-
-
-def test_a_device_without_room_is_left_as_it_is() -> None:
-    image = make()
-    table_entry(image, 0, 0)
-    storage = Device(image.to_bytes(), size=len(image.data))
-    with pytest.raises(OperationError, match=r"the device has no 2 clusters behind the last one"):
-        repair(storage)
-    assert storage.to_bytes() == image.to_bytes()
-
-
-def test_a_device_with_lost_data_is_not_rebuilt() -> None:
-    image = make()
-    table_entry(image, 0, 0)
-    set_word(image, 0, COPIED | 1 << 40)
-    storage = Device(image.to_bytes(), size=64 * KiB)
-    with pytest.raises(OperationError, match="free clusters of a device may hold their data"):
-        repair(storage)
-
-
-@pytest.mark.pinned("windows of one block", "refcount_bits=1")
-def test_a_rebuild_of_many_blocks_counts_itself() -> None:
-    clusters = {index: b"%d" % index for index in range(900)}
-    image = make(size=MiB, clusters=clusters)
-    image.set_field("refcount_table_clusters", 0)
-    storage = MemoryStorage(image.to_bytes())
-    repaired, _ = repair(storage, window_clusters=SMALL_WINDOW)
-    assert repaired.after.clean
-    assert worsened(view_of(image.to_bytes()), storage.to_bytes(), image.to_bytes()) == []
-
-
-@given(
-    st.lists(st.integers(0, 5000), max_size=20),
-    st.integers(0, 100_000),
-    st.integers(9, 12),
-    st.integers(0, 6),
-)
-def test_an_area_counts_all_that_is_used_and_itself(
-    used: list[int], first: int, bits: int, order: int
-) -> None:
-    geometry = Geometry(cluster_bits=bits, refcount_order=order)
-    area = plan_area(np.unique(np.array(used, dtype=np.int64)), first=first, geometry=geometry)
-    per_block = geometry.refcounts_per_block
-    own = set(range(first // per_block, (first + area.clusters - 1) // per_block + 1))
-    assert set(area.blocks.tolist()) == set(used) | own
-    assert area.table_clusters * geometry.cluster_size // 8 > int(area.blocks[-1])
-    if area.table_clusters > 1:
-        shorter = (area.table_clusters - 1) * geometry.cluster_size // 8
-        assert shorter <= int(area.blocks[-1])
-
-
-# Snapshots
-
-
-def test_more_snapshots_than_an_image_may_have_are_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    image = make(snapshots=[SnapshotSpec(id=str(number)) for number in range(6)])
-    for module in (header, repair_snapshots):
-        monkeypatch.setattr(module, "MAX_SNAPSHOTS", 4)
-    storage = MemoryStorage(image.to_bytes())
-    repaired, changes = repair(storage)
-    assert repaired.after.clean
-    assert [entry.id for entry in repaired.metadata.snapshots] == ["0", "1", "2", "3"]
-    (told,) = (group for group in changes.groups if group.kind.name == "SNAPSHOTS")
-    assert told.texts == (
-        "6 snapshots in a table of at most 4 entries and 67108864 bytes: the last 2 are dropped",
-    )
-
-
-def test_a_table_that_would_be_too_long_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = make(snapshots=TWO)
-    spoil_snapshots(image, extra=1500)
-    monkeypatch.setattr(repair_snapshots, "MAX_SNAPSHOT_TABLE_BYTES", 100)
-    storage = MemoryStorage(image.to_bytes())
-    repaired, _ = repair(storage)
-    assert [entry.id for entry in repaired.metadata.snapshots] == ["1"]
-    assert repaired.after.clean
-
-
-def test_extra_data_keep_their_first_kilobyte() -> None:
-    image = make(snapshots=TWO)
-    spoil_snapshots(image, extra=1500)
-    repaired, _ = repair(MemoryStorage(image.to_bytes()))
-    last = repaired.metadata.snapshots[-1]
-    assert (last.id, last.disk_size) == ("2", 64 * KiB)
-    assert last.unknown_extra == b"\x77" * 1000
-
-
-def test_an_entry_that_nobody_can_mend_is_refused_as_by_a_check() -> None:
-    image = make(snapshots=TWO)
-    image.patch(image.places["snapshots"], 0x123)
-    raw = image.to_bytes()
-    storage = MemoryStorage(raw)
-    with pytest.raises(CorruptMetadata, match="L1 table offset 0x123 is not a multiple of"):
-        repair(storage)
-    assert storage.to_bytes() == raw
-
-
-def test_a_refused_rebuild_takes_the_new_snapshot_table_back() -> None:
-    image = make(snapshots=TWO)
-    spoil_snapshots(image, extra=1500)
-    table_entry(image, 0, 0)
-    # There is room for the snapshot table, and for nothing behind it.
-    set_word(image, 0, COPIED | len(image.data) + 4 * 512)
-    raw = image.to_bytes()
-    storage = MemoryStorage(raw)
-    with pytest.raises(OperationError, match="no room"):
-        repair(storage)
-    assert storage.to_bytes() == raw
-
-
 # Before writing
 
 
@@ -491,82 +325,6 @@ def test_bits_stay_while_something_is_left_to_warn_of() -> None:
     assert kinds(changes) == {"RAISED"}
     assert repaired.metadata.dirty
     assert repaired.metadata.corrupt
-
-
-# Failures
-
-
-def test_nothing_is_written_where_a_table_cannot_be_read() -> None:
-    image = make()
-    set_count(image, host_of(image, 0), 3)
-    raw = image.to_bytes()
-    quiet = FaultyStorage(MemoryStorage(raw))
-    repair(quiet)
-    for call in range(1, quiet.calls["pread"] + 1):
-        inner = MemoryStorage(raw)
-        storage = FaultyStorage(inner, Fault(operation="pread", call=call, sticky=True))
-        with pytest.raises((OperationError, StorageError)):
-            repair(storage)
-        if not storage.calls["pwrite"]:
-            assert inner.to_bytes() == raw
-
-
-def test_an_unread_table_is_told() -> None:
-    image = make()
-    set_count(image, host_of(image, 0), 3)
-    quiet = FaultyStorage(MemoryStorage(image.to_bytes()))
-    load_qcow2_metadata(quiet)
-    fault = Fault(operation="pread", call=quiet.calls["pread"] + 1)
-    storage = FaultyStorage(MemoryStorage(image.to_bytes()), fault)
-    with pytest.raises(
-        OperationError,
-        match=r"a repair needs to read all tables, and some cannot be read: 1 error, the first: L1",
-    ):
-        repair(storage)
-    assert storage.calls["pwrite"] == 0
-
-
-def test_a_repair_can_be_cancelled() -> None:
-    cancel = threading.Event()
-    cancel.set()
-    with pytest.raises(Cancelled):
-        repair(MemoryStorage(make().to_bytes()), cancel=cancel)
-
-
-def fan_in(count: int) -> BuiltImage:
-    """Every L1 entry leads to one L2 table, whose entries lead to one cluster."""
-    image = make(size=8 * MiB, clusters={0: b"x"})
-    image.patch(image.places["l1"], struct.pack(">Q", image.places["l2"]) * count)
-    image.patch(image.places["l2"], bytes(image.data[image.places["l2"] :][:8]) * 64)
-    return image
-
-
-@pytest.mark.pinned("counts up to 256", "refcount_bits=1")
-def test_work_out_of_proportion_is_refused_before_anything_is_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    raw = fan_in(256).to_bytes()
-    for limit in range(0, 60 * KiB, 4 * KiB):
-        monkeypatch.setattr(findings, "FREE_WORK", limit)
-        monkeypatch.setattr(findings, "WORK_FACTOR", 0)
-        storage = MemoryStorage(raw)
-        try:
-            repair(storage)
-        except OperationError:
-            assert storage.to_bytes() == raw
-        else:
-            assert storage.to_bytes() != raw
-            return
-    pytest.fail("no limit was enough")
-
-
-def test_progress_grows_to_its_total() -> None:
-    image = make()
-    set_count(image, host_of(image, 0), 3)
-    seen: list[tuple[int, int]] = []
-    repair(MemoryStorage(image.to_bytes()), progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] > 0
 
 
 # Random damage
