@@ -52,7 +52,7 @@ def test_formats_have_the_names_people_use(name: str, format: str) -> None:
 def test_an_unknown_format_is_refused_by_name() -> None:
     with pytest.raises(UnknownFormat) as caught:
         canonical_format("vmdk")
-    assert str(caught.value) == "format 'vmdk' is not known, expected qcow2, vpc (vhd) or raw"
+    assert str(caught.value) == "format 'vmdk' is not known, expected qcow2, vpc (vhd), luks or raw"
 
 
 @pytest.mark.parametrize("module", ["metadata", "probe"])

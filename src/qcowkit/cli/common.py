@@ -18,7 +18,7 @@ from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.units import parse_size
 
-FORMATS = ("raw", "qcow2", "vpc")
+FORMATS = ("raw", "qcow2", "vpc", "luks")
 _ALIASES = {"vhd": "vpc"}
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -40,7 +40,7 @@ def image_format(text: str) -> str:
     name = _ALIASES.get(text, text)
     if name not in FORMATS:
         raise argparse.ArgumentTypeError(
-            f"unknown format {text!r}; known are raw, qcow2 and vpc (also called vhd)"
+            f"unknown format {text!r}; known are raw, qcow2, vpc (also called vhd) and luks"
         )
     return name
 
@@ -67,7 +67,7 @@ def add_format(parser: Parser, *flags: str, dest: str = "format", what: str = "t
         dest=dest,
         metavar="FMT",
         type=image_format,
-        help=f"format of {what}: raw, qcow2 or vpc (vhd); found from the content when not given",
+        help=f"format of {what}: raw, qcow2, vpc (vhd) or luks; by default its content tells",
     )
 
 

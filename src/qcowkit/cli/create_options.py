@@ -161,7 +161,18 @@ _RAW = (
     *_HOST,
 )
 
-CREATE_OPTIONS = {"qcow2": _QCOW2, "vpc": _VPC, "raw": _RAW}
+_LUKS = (
+    OptionSpec(
+        name="preallocation",
+        choices=("off", "falloc", "full"),
+        help="of a new disk: full writes zeros, others leave noise",
+    ),
+    *_luks_options(""),
+    _SIZE,
+    *_HOST,
+)
+
+CREATE_OPTIONS = {"qcow2": _QCOW2, "vpc": _VPC, "luks": _LUKS, "raw": _RAW}
 
 
 def parse_create_options(format: str, texts: Sequence[str]) -> dict[str, OptionValue]:

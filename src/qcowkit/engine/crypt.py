@@ -17,6 +17,8 @@ from qcowkit.units import SECTOR, KiB
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from qcowkit.storage.protocol import Storage
+
 # Bytes that are read, or encrypted, before the next ones: they are still in the cache then.
 PIECE = 256 * KiB
 
@@ -41,6 +43,12 @@ class DataCipher:
     def encrypt_in_place(self, view: bytearray | memoryview, *, host: int, guest: int) -> None:
         """Encrypt a buffer in place."""
         self._cipher.encrypt_into(view, view, sector=self._sector(host, guest))
+
+    def write_zeros(self, storage: Storage, *, host: int, guest: int, length: int) -> None:
+        """Write zeros of the guest, which are none of the file. length: whole sectors."""
+        for at in range(0, length, PIECE):
+            part = self.encrypt(bytes(min(PIECE, length - at)), host=host + at, guest=guest + at)
+            storage.pwrite([part], offset=host + at)
 
     def wipe(self) -> None:
         """Forget the keys: the image is closed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcowkit.budget import Budget
+from qcowkit.engine.luks.metadata import LuksMetadata, load_luks_metadata
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata, load_vhd_metadata
 from qcowkit.errors import UnknownFormat
@@ -29,14 +30,14 @@ class RawMetadata:
         return "raw"
 
 
-Metadata = Qcow2Metadata | VhdMetadata | RawMetadata
+Metadata = Qcow2Metadata | VhdMetadata | LuksMetadata | RawMetadata
 
 
 def canonical_format(name: str) -> str:
-    """`qcow2`, `vpc` or `raw` for one of the names people use. Raises UnknownFormat."""
+    """`qcow2`, `vpc`, `luks` or `raw` for one of the names people use. Raises UnknownFormat."""
     name = FORMAT_ALIASES.get(name, name)
-    if name not in ("qcow2", "vpc", "raw"):
-        raise UnknownFormat(f"format {name!r} is not known, expected qcow2, vpc (vhd) or raw")
+    if name not in ("qcow2", "vpc", "luks", "raw"):
+        raise UnknownFormat(f"format {name!r} is not known, expected qcow2, vpc (vhd), luks or raw")
     return name
 
 
@@ -50,6 +51,8 @@ def load_metadata(storage: Storage, format: str, *, budget: Budget) -> Metadata:
             return load_qcow2_metadata(storage, budget=budget)
         case "vpc":
             return load_vhd_metadata(storage, budget=budget)
+        case "luks":
+            return load_luks_metadata(storage, budget=budget)
     size = align_up(storage.size(), SECTOR)
     budget.spend("virtual size", value=size, limit=budget.virtual_size)
     return RawMetadata(virtual_size=size)

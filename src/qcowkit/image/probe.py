@@ -11,11 +11,12 @@ from qcowkit.errors import UnknownFormat
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR
 
-FormatName = Literal["qcow2", "vpc", "raw"]
+FormatName = Literal["qcow2", "vpc", "luks", "raw"]
 
 _HEAD_BYTES = 1024
 _QCOW_MAGIC = b"QFI\xfb"
 _VHD_COOKIE = b"conectix"
+_LUKS_MAGIC = b"LUKS\xba\xbe"
 
 # (offset in the head, magic, name of the format)
 _FOREIGN_HEADS = (
@@ -25,7 +26,6 @@ _FOREIGN_HEADS = (
     (0, b"vhdxfile", "VHDX"),
     (0x40, b"\x7f\x10\xda\xbe", "VDI"),
     (0, b"QED\0", "QED"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),
     (0, b"Bochs Virtual HD Image", "Bochs"),
@@ -46,6 +46,8 @@ def find_formats(storage: Storage) -> tuple[str, ...]:
         found.append("qcow (version 1)" if head[4:8] == b"\0\0\0\1" else "qcow2")
     if head.startswith(_VHD_COOKIE) or tail.startswith(_VHD_COOKIE):
         found.append("vpc")
+    if head.startswith(_LUKS_MAGIC):
+        found.append("luks")
     found += [name for offset, magic, name in _FOREIGN_HEADS if head.startswith(magic, offset)]
     if tail.startswith(_DMG_TAIL):
         found.append("DMG")
@@ -68,7 +70,9 @@ def probe_format(storage: Storage) -> FormatName:
             return "qcow2"
         case "vpc":
             return "vpc"
+        case "luks":
+            return "luks"
         case name:
             raise UnknownFormat(
-                f"{storage.name}: the content is {name}, expected qcow2, vpc or raw"
+                f"{storage.name}: the content is {name}, expected qcow2, vpc, luks or raw"
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qcowkit.budget import TRUSTED, Budget
+from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
@@ -15,6 +16,8 @@ from qcowkit.image.chain import Chain
 from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
+from qcowkit.image.luks import LuksImage
+from qcowkit.image.luks_write import WritableLuksImage
 from qcowkit.image.protocol import Image, WritableImage
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.qcow2_write import WritableQcow2Image
@@ -38,7 +41,7 @@ def open_chain(
 ) -> Chain:
     """Open a disk image, and what it refers to.
 
-    path: the top image. format: raw, qcow2 or vpc; None probes the content. gate: which names
+    path: the top image. format: raw, qcow2, vpc or luks; None probes the content. gate: which names
     inside images may be opened; by default none. snapshot: the id or name of an internal
     snapshot, whose disk is then opened in place of the active one. follow_backing: False opens the
     top image alone. writable: the top image may be changed; needs a format where the content looks
@@ -143,6 +146,9 @@ def build_image(
         )
     if isinstance(metadata, VhdMetadata):
         return VhdImage(metadata, layer.storage)
+    if isinstance(metadata, LuksMetadata):
+        secret = options.secrets.at(depth)
+        return LuksImage(metadata, layer.storage, secret=secret, budget=budget)
     return RawImage(metadata, layer.storage)
 
 
@@ -159,4 +165,7 @@ def build_writable(layer: Layer, *, budget: Budget, options: OpenOptions) -> Wri
         )
     if isinstance(layer.metadata, VhdMetadata):
         return WritableVhdImage(layer.metadata, layer.storage)
+    if isinstance(layer.metadata, LuksMetadata):
+        secret = options.secrets.at(0)
+        return WritableLuksImage(layer.metadata, layer.storage, secret=secret, budget=budget)
     return WritableRawImage(layer.metadata, layer.storage)

@@ -242,7 +242,8 @@ def _rules(
         verbatim=_verbatim(disk, options, spec),
         top_only=based and not options.in_place,
         zero_as_data=based and spec is not None and spec.version < 3,
-        everything=options.sparse_size == 0,
+        # Holes of an encrypted disk would read as noise.
+        everything=options.sparse_size == 0 or options.format == "luks",
         host_copy=host_copy,
         rate=options.rate,
     )

@@ -14,6 +14,7 @@ from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
 from qcowkit.codecs.qcow2.luks_params import Encryption
 from qcowkit.engine.luks.format import new_crypt
+from qcowkit.engine.luks.target import LuksBulkWriter, write_zeros
 from qcowkit.engine.preallocate import preallocate
 from qcowkit.engine.qcow2.bulk import Qcow2BulkWriter
 from qcowkit.engine.qcow2.layout import plan_layout
@@ -25,7 +26,7 @@ from qcowkit.engine.vhd.target import VhdTarget
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import close_layers, open_layers
-from qcowkit.operations.encryption import qcow2_encryption, require_new_secret
+from qcowkit.operations.encryption import luks_params, qcow2_encryption, require_new_secret
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
@@ -224,6 +225,8 @@ def open_target(
         )
     if options.format == "vpc":
         return _vhd_target(storage, options, size=size)
+    if options.format == "luks":
+        return _luks_target(storage, options, size=size)
     return _raw_target(storage, options, size=size, sparse=sparse)
 
 
@@ -349,6 +352,26 @@ def _vhd_target(
         "force_size": force,
     }
     return VhdTarget(storage, writer), Created(format="vpc", size=writer.size, values=values)
+
+
+def _luks_target(
+    storage: Storage, options: CreateOptions, *, size: int
+) -> tuple[BulkTarget, Created]:
+    size = align_up(size, SECTOR)
+    encryption = Encryption(method="luks", luks=luks_params(options.values, prefix=""))
+    crypt = new_crypt(encryption, options.secret, by_guest=True)
+    mode = str(options.values.get("preallocation", "off"))
+    if mode == "full":
+        write_zeros(storage, crypt, start=0, length=size)
+    elif mode == "falloc":
+        preallocate(storage, offset=0, length=len(crypt.area) + size, mode=mode)
+    values = {
+        key.removeprefix("encrypt."): value
+        for key, value in _encryption_values(encryption).items()
+        if key != "encrypt.format" and value is not None
+    }
+    made = Created(format="luks", size=size, values={"size": size, **values})
+    return LuksBulkWriter(storage, size=size, crypt=crypt), made
 
 
 def _raw_target(

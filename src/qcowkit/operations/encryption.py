@@ -65,7 +65,7 @@ def luks_params(values: Mapping[str, OptionValue], *, prefix: str) -> LuksParams
 
 def encrypts(format: str, values: Mapping[str, OptionValue]) -> bool:
     """Whether a new image with these options needs a passphrase. Raises RequestError."""
-    return format == "qcow2" and qcow2_encryption(values) is not None
+    return format == "luks" or (format == "qcow2" and qcow2_encryption(values) is not None)
 
 
 def require_new_secret(

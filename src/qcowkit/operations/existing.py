@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from qcowkit.budget import TRUSTED
+from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import RequestError
@@ -82,6 +83,8 @@ def _losses(metadata: Metadata) -> list[str]:
     """What a new image would not have, in the words of the message."""
     if isinstance(metadata, VhdMetadata):
         return ["the parent"] if metadata.subformat == "differencing" else []
+    if isinstance(metadata, LuksMetadata):
+        return ["the key slots"]
     assert isinstance(metadata, Qcow2Metadata), "raw targets are written in place"
     losses = {
         "the snapshots": bool(metadata.snapshots),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.units import SECTOR, align_up, format_size
@@ -47,6 +48,10 @@ def describe_image(layer: Layer) -> Info:
         info["format-specific"] = {"type": "qcow2", "data": _qcow2_data(metadata)}
     else:
         info["dirty-flag"] = False
+        if isinstance(metadata, LuksMetadata):
+            info["encrypted"] = True
+            data = {key: value for key, value in _luks(metadata.header).items() if key != "format"}
+            info["format-specific"] = {"type": "luks", "data": data}
         # A fixed disk has no clusters to speak of.
         if getattr(metadata, "subformat", "fixed") != "fixed":
             info["cluster-size"] = getattr(metadata, "cluster_size", 0)
@@ -188,6 +193,8 @@ def render_info(info: Info) -> str:
 
 def _rows(info: Info) -> Iterator[tuple[str, str]]:
     data = info.get("format-specific", {}).get("data", {})
+    if info["format"] == "luks":
+        data = {"encrypt": {"format": "luks", **data}}
     size = info["virtual-size"]
     yield "image", info["filename"]
     yield "format", _format_text(info, data)
@@ -212,7 +219,7 @@ def _rows(info: Info) -> Iterator[tuple[str, str]]:
 
 
 def _format_text(info: Info, data: Info) -> str:
-    if not data:
+    if "compat" not in data:
         return str(info["format"])
     return f"{info['format']}, compat {data['compat']}"
 
@@ -236,7 +243,7 @@ def _encryption_text(encrypt: Info) -> str:
 
 
 def _feature_texts(info: Info, data: Info) -> Iterator[str]:
-    if data:
+    if "compat" in data:
         yield f"{data['compression-type']} compression"
         yield f"{data['refcount-bits']}-bit refcounts"
     if data.get("lazy-refcounts"):

@@ -8,6 +8,7 @@ from typing import Literal
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.luks_params import ITER_TIME_MS
 from qcowkit.engine.luks.keyslots import KeySlots
+from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.luks.unlock import require_secret
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.errors import RequestError, UnsupportedFeature
@@ -93,6 +94,8 @@ def _open_slots(layer: Layer, budget: Budget) -> KeySlots:
         crypto = metadata.extensions.crypto
         assert crypto is not None, "a LUKS header was found through its extension"
         return KeySlots(layer.storage, metadata.luks, offset=crypto.offset, budget=budget)
+    if isinstance(metadata, LuksMetadata):
+        return KeySlots(layer.storage, metadata.header, offset=0, budget=budget)
     method = getattr(metadata, "encrypted", None) or "none"
     raise UnsupportedFeature(
         f"key slots of {layer.storage.name}",

@@ -22,6 +22,7 @@ from qcowkit.extents.table import Flag
 from qcowkit.image.chain import Chain
 from qcowkit.image.views import Disk
 from qcowkit.operations.create import CreateOptions, OptionValue, qcow2_spec
+from qcowkit.operations.encryption import luks_params
 from qcowkit.units import SECTOR, align_up, ceil_div, format_size
 
 _DIRECTORY_ENTRY = 24
@@ -69,6 +70,8 @@ def measure(
     if format == "vpc":
         return _measure_vhd(create, size, source)
     whole = align_up(size, SECTOR)
+    if format == "luks":
+        whole += luks_params(options, prefix="").header_bytes
     return Measurement(required=whole, fully_allocated=whole)
 
 

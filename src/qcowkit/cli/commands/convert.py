@@ -87,7 +87,7 @@ def _configure_target(parser: Parser) -> None:
         metavar="FMT",
         type=image_format,
         default="raw",
-        help="format of TARGET: raw (the default), qcow2 or vpc (vhd)",
+        help="format of TARGET: raw (the default), qcow2, vpc (vhd) or luks",
     )
     parser.add_argument(
         "-o",

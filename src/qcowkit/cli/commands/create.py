@@ -40,7 +40,7 @@ def configure(parser: Parser) -> None:
         metavar="FMT",
         type=image_format,
         default="raw",
-        help="format: raw (the default), qcow2 or vpc (vhd)",
+        help="format: raw (the default), qcow2, vpc (vhd) or luks",
     )
     parser.add_argument(
         "-o",

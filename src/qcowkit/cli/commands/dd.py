@@ -59,7 +59,7 @@ def configure(parser: Parser) -> None:
         metavar="FMT",
         type=image_format,
         default="raw",
-        help="format of the output: raw (the default), qcow2 or vpc (vhd)",
+        help="format of the output: raw (the default), qcow2, vpc (vhd) or luks",
     )
     add_quiet(parser)
     add_progress(parser)

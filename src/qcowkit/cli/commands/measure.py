@@ -33,7 +33,7 @@ def configure(parser: Parser) -> None:
         metavar="FMT",
         type=image_format,
         default="raw",
-        help="format to measure for: raw (the default), qcow2 or vpc (vhd)",
+        help="format to measure for: raw (the default), qcow2, vpc (vhd) or luks",
     )
     parser.add_argument(
         "-o",
