@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qcowkit.codecs.qcow2.dirty_tables import DirtyTables
 from qcowkit.codecs.qcow2.extensions import encode_first_cluster
@@ -52,7 +53,9 @@ def lazy_kind(name: str = "lazy", *, record_bits: int = 0, **changes: object) ->
     more = fields.pop("options", {})
     assert isinstance(more, dict)
     options = {"cluster_size": KiB, "lazy_refcounts": True, **more}
-    return RecordKind(name=name, record_bits=record_bits, options=options, **fields)  # type: ignore[arg-type]
+    kind: Any = RecordKind
+    made: RecordKind = kind(name=name, record_bits=record_bits, options=options, **fields)
+    return made
 
 
 def put_record(storage: Storage, *, bit_count: int, shift: int = 0) -> None:

@@ -299,7 +299,8 @@ def look_meanwhile(scene: Scene, *, stride: int) -> None:
     at, steps = 1, 1
     while at <= steps:
         rig = scene.set_up(built)
-        with Interrupt(rig, lambda rig=rig: seen.append(scene.look(rig)), at) as interrupt:  # type: ignore[misc]
+        look = partial(_look, seen, scene, rig)
+        with Interrupt(rig, look, at) as interrupt:
             scene.change(rig)
         assert set(seen) <= set(allowed), f"in the middle of step {at}"
         at, steps = at + stride, max(steps, interrupt.steps)
@@ -325,3 +326,7 @@ def test_a_reader_in_the_middle_of_a_change_finds_the_old_content_or_the_new(sce
 def test_a_reader_is_right_at_every_single_step(scene: Scene) -> None:
     overtake_reader(scene, stride=1)
     look_meanwhile(scene, stride=1)
+
+
+def _look(seen: list[bytes], scene: Scene, rig: Rig) -> None:
+    seen.append(scene.look(rig))
