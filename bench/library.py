@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.images import GiB, MiB, make_disk, make_fragmented, repeat_disk
 from bench.measure import run_quietly
+from bench.rows import ENCRYPT, retried
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -122,6 +123,11 @@ def _converted(source: str, *flags: str) -> Callable[[Library, Path], None]:
     return make
 
 
+def _sealed(library: Library, path: Path) -> None:
+    """The disk encrypted, by qemu-img as well."""
+    run_quietly(*retried(*ENCRYPT), library.get("disk_raw"), path)
+
+
 def _fragmented(library: Library, path: Path) -> None:
     make_fragmented(path, library.scale.extents)
 
@@ -141,6 +147,7 @@ RECIPES: dict[str, Callable[[Library, Path], None]] = {
     "big_qcow2": _converted("big_raw", "-O", "qcow2"),
     "disk_zlib": _converted("disk_raw", "-O", "qcow2", "-c"),
     "disk_zstd": _converted("disk_raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"),
+    "disk_luks": _sealed,
     "disk_vpc": _converted("disk_raw", "-O", "vpc"),
     "fragmented": _fragmented,
     "huge": _huge,

@@ -164,6 +164,30 @@ def _same_answer(verb: str, image: str) -> Command:
 _PARALLEL = ("-W", "-m", "16")
 _MAP = ("map", "-f", "qcow2", "--output=json")
 _CHECK = ("check", "-f", "qcow2")
+_SECRET: Command = ("--object", "secret,id=s,data=benchmark")
+_SEALED = "driver=qcow2,encrypt.key-secret=s,file.filename="
+_PLAIN = "driver=raw,file.filename={disk_raw}"
+_DECRYPT: Command = (
+    *("convert", "-O", "raw", *_SECRET, "--image-opts", f"{_SEALED}{{disk_luks}}"),
+)
+ENCRYPT: Command = (
+    *("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *_SECRET),
+    *("-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
+)
+
+
+def retried(*command: str) -> Command:
+    """A command that makes a LUKS header with qemu-img, which sometimes finds the clock too coarse
+    to count iterations by; ten times are enough."""
+    return (
+        "sh",
+        "-c",
+        'for _ in 0 1 2 3 4 5 6 7 8 9; do "$@" && exit; done; exit 1',
+        "-",
+        *command,
+    )
+
+
 _INFO = ("info", "-f", "qcow2", "{disk_zlib}")
 _START = ("{python}", "-c", "pass")
 
@@ -219,6 +243,24 @@ ROWS: tuple[Row, ...] = (
     ),
     _convert("zlib-raw", "zlib qcow2 to raw", source="disk_zlib", target="raw", goal=2.0),
     _convert("zstd-raw", "zstd qcow2 to raw", source="disk_zstd", target="raw", goal=1.2),
+    Row(
+        name="to-luks",
+        title="raw to qcow2 encrypted with LUKS",
+        peer=retried(*ENCRYPT, "{disk_raw}", "{out}"),
+        ours=("{qcow}", *ENCRYPT[1:], "{disk_raw}", "{out}"),
+        goal=3.0,
+        memory_limit=CONVERT_MEMORY,
+        verify=("qemu-img", "compare", *_SECRET, "--image-opts", _PLAIN, f"{_SEALED}{{out}}"),
+    ),
+    Row(
+        name="luks-raw",
+        title="qcow2 encrypted with LUKS to raw",
+        peer=("qemu-img", *_DECRYPT, *_PARALLEL, "{out}"),
+        ours=("{qcow}", *_DECRYPT, "{out}"),
+        goal=3.0,
+        memory_limit=CONVERT_MEMORY,
+        verify=("qemu-img", "compare", "-f", "raw", "-F", "raw", "{disk_raw}", "{out}"),
+    ),
     _both(
         "compare",
         "compare plain with zlib qcow2",

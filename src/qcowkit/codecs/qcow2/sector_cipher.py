@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _BLOCKS = SECTOR // 16
 # Sectors of one piece: few enough for the cache, enough to hide what each step costs by itself.
-_PIECE = 256
+_PIECE = 512
 _STEP = np.arange(_BLOCKS, dtype=np.uint64)
 _REST = np.uint64(64) - _STEP
 _ONE, _TWO, _SEVEN = np.uint64(1), np.uint64(2), np.uint64(7)
@@ -129,7 +129,7 @@ class _Lane:
         # The C library asks for a block more than it writes.
         self._first = np.empty(2 * _PIECE + 2, dtype=np.uint64)
         self._tweaks = np.empty((*shape, 2), dtype=np.uint64)
-        self._over, self._shifted = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
+        self._planes = np.empty((3, *shape), dtype=np.uint64)
         self._work = np.empty((*shape, 2), dtype=np.uint64)
         self._done = np.empty(2 * _PIECE * _BLOCKS + 2, dtype=np.uint64)
 
@@ -192,17 +192,18 @@ class _Lane:
         fewer than 64 blocks what is shifted out fits in a word, and is multiplied back in at once.
         A shift by all 64 bits leaves zero."""
         low, high = first[:, :1], first[:, 1:]
-        tweaks, over, shifted = self._tweaks[:count], self._over[:count], self._shifted[:count]
-        lower, upper = tweaks[:, :, 0], tweaks[:, :, 1]
+        tweaks = self._tweaks[:count]
+        over, shifted, total = self._planes[:, :count]
         np.right_shift(high, _REST, out=over)
-        np.left_shift(low, _STEP, out=lower)
-        lower ^= over
+        np.left_shift(low, _STEP, out=total)
+        total ^= over
         for power in (_ONE, _TWO, _SEVEN):
             np.left_shift(over, power, out=shifted)
-            lower ^= shifted
-        np.left_shift(high, _STEP, out=upper)
+            total ^= shifted
+        tweaks[:, :, 0] = total
+        np.left_shift(high, _STEP, out=total)
         np.right_shift(low, _REST, out=shifted)
-        upper |= shifted
+        np.bitwise_or(total, shifted, out=tweaks[:, :, 1])
         return tweaks
 
 
