@@ -24,7 +24,8 @@ from qcowkit.image import registry
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.operations import convert, create, measure
 from qcowkit.operations.create import CreateOptions, OptionValue, qcow2_spec
-from qcowkit.testing.qcow2_builder import Clusters, Compressed, Data, ImageSpec, Zero
+from qcowkit.testing import qcow2_builder
+from qcowkit.testing.qcow2_builder import BuiltImage, Clusters, Compressed, Data, ImageSpec, Zero
 from qcowkit.units import SECTOR
 
 
@@ -80,6 +81,7 @@ def install(name: str) -> None:
     variant = VARIANTS[name]
     verbs = {verb.name: verb.load() for verb in VERBS}
     ImageSpec.__init__ = _varied_init(variant, ImageSpec.__init__)  # type: ignore[method-assign]
+    qcow2_builder.build_qcow2 = _varied_build(qcow2_builder.build_qcow2)
     varied = _varied_create(variant, create.create_image)
     for module in (create, verbs["create"]):
         module.create_image = varied  # type: ignore[union-attr]
@@ -115,19 +117,26 @@ def can_notice(module: ModuleType, seen: frozenset[str] = frozenset()) -> bool:
 def _varied_init(variant: Variant, plain: Callable[..., None]) -> Callable[..., None]:
     @wraps(plain)
     def init(self: ImageSpec, **given: Any) -> None:
-        said = {**_PLAIN, "clusters": {}, **given}
-        values = {**said, **variant.built, **given}
+        values = {**_PLAIN, "clusters": {}, **variant.built, **given}
         if not can_be_built(values):
             # `replace` names every field, so there what is ours is told by its value.
-            fixed = set(given) if len(given) < len(said) else set()
-            ours = [key for key, value in variant.built.items() if values[key] == value]
-            plainer = {key: _PLAIN[key] for key in ours if key not in fixed}
-            values = {**values, **plainer}
-            # What cannot be either way is meant so.
-            values = values if can_be_built(values) else said
+            said = given if len(given) < len(values) else {}
+            ours = {key for key, value in variant.built.items() if values[key] == value}
+            values.update({key: _PLAIN[key] for key in ours - said.keys()})
         plain(self, **values)
 
     return init
+
+
+def _varied_build(plain: Callable[..., BuiltImage]) -> Callable[..., BuiltImage]:
+    @wraps(plain)
+    def build_qcow2(spec: ImageSpec | None = None, **changes: Any) -> BuiltImage:
+        # Without a spec it is known what was said; and a spec as it stands needs no replacement.
+        if spec is None or not changes:
+            return qcow2_builder._Builder(spec or ImageSpec(**changes)).build()
+        return plain(spec, **changes)
+
+    return build_qcow2
 
 
 def can_be_built(values: Mapping[str, Any]) -> bool:
