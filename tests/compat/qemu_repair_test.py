@@ -144,6 +144,7 @@ def test_the_numbers_of_what_was_repaired_are_those_of_qemu(tmp_path: Path, coun
     assert [found.get(name) for name in names] == [expected.get(name) for name in names]
 
 
+@pytest.mark.pinned("counts of data clusters", "data_file")
 @pytest.mark.parametrize("options", ["lazy_refcounts=on", "lazy_refcounts=on,extended_l2=on"])
 def test_a_disk_that_qemu_left_dirty_is_repaired(tmp_path: Path, options: str) -> None:
     path, copy = tmp_path / "disk.qcow2", tmp_path / "copy.qcow2"
