@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from functools import cache
 
 import pytest
@@ -60,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     _skip_pinned(item)
     for marker in item.iter_markers("peer"):
         for command in marker.args:
-            if shutil.which(command) is None:
+            if peers.find_peer(command) is None:
                 pytest.skip(f"{PEER_PREFIX}{command} is missing")
 
 

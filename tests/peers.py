@@ -13,9 +13,18 @@ from tests.variants import Variant, vary_qemu_img
 variant: Variant | None = None
 
 
+# Debian has the command under either name.
+_OTHER_NAMES = {"7z": "7zz"}
+
+
+def find_peer(name: str) -> str | None:
+    """The path of a command, under whatever name it is installed; None for none."""
+    return shutil.which(name) or shutil.which(_OTHER_NAMES.get(name, name))
+
+
 def peer(name: str) -> str:
     """The path of a command, or a skip that names it."""
-    path = shutil.which(name)
+    path = find_peer(name)
     if path is None:
         pytest.skip(f"peer {name} is not installed")
     return path

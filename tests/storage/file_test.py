@@ -261,6 +261,7 @@ def test_a_write_that_makes_no_progress_fails(
 ) -> None:
     (tmp_path / "file").touch()
     with FileStorage.open(tmp_path / "file", writable=True) as storage:
+        monkeypatch.setattr(os, "pwrite", lambda *_: 0)
         monkeypatch.setattr(os, "pwritev", lambda *_: 0)
         assert failure_of(lambda: storage.pwrite([b"x"], offset=0)) == errno.EIO
 
