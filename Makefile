@@ -7,9 +7,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tools of other projects that the tests check themselves against.
 PEERS := qemu-utils libnbd-bin nbdkit fio libvhdi-utils 7zip e2fsprogs xfsprogs cryptsetup-bin
+# Kinds of qcow2 images: tests/variants.py. The models and crash experiments have matrices of their own.
+VARIANTS := extended_l2 refcount_bits=1 refcount_bits=64 compat=0.10 data_file compression_type=zstd cluster_size=512
+VARIED := tests/image tests/operations tests/engine tests/crash tests/cli tests/compat
 SOURCES := src tests demo $(wildcard bench fuzz tools)
 
-.PHONY: help setup setup-peers demo test lint format bench soak clean
+.PHONY: help setup setup-peers demo test variants lint format bench soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +32,12 @@ demo: setup ## the main job on a real disk that is built here
 test: setup ## every test; a missing peer is installed when root
 	@if [ "$$(id -u)" = 0 ]; then tools/setup-peers $(PEERS); fi
 	$(BIN)/python -m pytest -n auto -m "not soak" $(ARGS)
+
+variants: setup ## the tests of images again, on every other kind of qcow2 image
+	@for name in $(VARIANTS); do \
+		echo "--image-options=$$name"; \
+		$(BIN)/python -m pytest -q -n auto --hypothesis-profile=brief --image-options=$$name $(VARIED) $(ARGS) || exit 1; \
+	done
 
 lint: setup ## ruff, its formatter, mypy --strict and the tidy test
 	$(BIN)/ruff check $(SOURCES)
