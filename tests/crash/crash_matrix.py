@@ -166,12 +166,14 @@ COMPRESSING = {**USUAL, "write": 20, "write_compressed": 40, "discard": 16}
 SPARING = {**USUAL, "flush": 4}
 TRIMMING = {**USUAL, "discard": 40, "write_zeroes": 20}
 FILLING = {"write": 50, "write_compressed": 10, "flush": 10, "reopen": 2}
+RESIZING = {**USUAL, "resize": 30, "discard": 20}
 PLANS = (
     Plan(operations=50, weights=FILLING),
     Plan(operations=50),
     Plan(operations=50, weights=COMPRESSING),
     Plan(operations=50, weights=SPARING),
     Plan(operations=50, weights=TRIMMING),
+    Plan(operations=40, weights=RESIZING),
 )
 
 
