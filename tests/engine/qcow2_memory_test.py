@@ -127,3 +127,17 @@ def test_caches_follow_the_size_of_the_disk() -> None:
     assert rig.state.tables.cache.capacity > before
     rig.chain.resize(MiB, shrink=True)
     assert rig.state.tables.cache.capacity == before
+
+
+def test_what_is_known_of_slices_is_forgotten_before_it_takes_much_memory(
+    disk: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcowkit.engine.qcow2.state._MOST_JUDGED", 5)
+    image = disk.images[0]
+    assert isinstance(image, WritableQcow2Image)
+    state = image.disk.state
+    for offset in (*range(0, TiB, 32 * GiB), *range(GiB, TiB, 32 * GiB)):
+        disk.write(b"guest", offset=offset)
+        assert len(state.judged) <= 5
+        assert state.owned <= state.judged
+    assert disk.read(offset=64 * GiB, length=6) == b"guest\0"

@@ -265,7 +265,7 @@ class Chain:
         Raises RequestError outside of the disk or where it is read-only, StorageError and
         CorruptMetadata where the image fails; the old content or the new is there then."""
         view = memoryview(data)
-        if view.format != "B" or view.ndim != 1:
+        if type(data) is not bytes:
             view = view.cast("B")
         top, length = self._top, len(view)
         if top is None or self._trackers or offset < 0 or offset + length > self.size:

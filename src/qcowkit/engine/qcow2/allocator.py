@@ -44,12 +44,12 @@ class Allocator:
         self.refcounts = refcounts
         self._guard = guard
         self._geometry = refcounts.geometry
-        self._next = self._limit = 0
+        # The window, and its first cluster that was given out and is not in `_raised` yet.
+        self._next = self._limit = self._first = 0
         self._scan = 0
         self._fresh = file_clusters
         self._end = 0 if file_clusters == NEVER else file_clusters
-        # One past the highest cluster that was given out.
-        self.end_of_grants = 0
+        self._end_of_grants = 0
         self._raised: list[list[int]] = []
         self._freed: list[tuple[int, int, bool]] = []
         self._cursor = 0
@@ -58,7 +58,12 @@ class Allocator:
     @property
     def pending(self) -> bool:
         """Whether counts have still to change."""
-        return bool(self._raised or self._freed)
+        return bool(self._next > self._first or self._raised or self._freed)
+
+    @property
+    def end_of_grants(self) -> int:
+        """One past the highest cluster that was given out."""
+        return max(self._end_of_grants, self._next if self._next > self._first else 0)
 
     @property
     def quarantined(self) -> int:
@@ -76,13 +81,6 @@ class Allocator:
         zero = first >= self._fresh
         if stop > self._fresh:
             self._fresh = stop
-        if stop > self.end_of_grants:
-            self.end_of_grants = stop
-        raised = self._raised
-        if raised and raised[-1][0] + raised[-1][1] == first:
-            raised[-1][1] += count
-        else:
-            raised.append([first, count])
         return Grant(first=first, count=count, zero=zero)
 
     def take_fresh(self) -> int:
@@ -91,13 +89,6 @@ class Allocator:
         if first >= self._limit or first < self._fresh:
             return -1
         self._next = self._fresh = first + 1
-        if first >= self.end_of_grants:
-            self.end_of_grants = first + 1
-        last = self._raised[-1] if self._raised else None
-        if last is not None and last[0] + last[1] == first:
-            last[1] += 1
-        else:
-            self._raised.append([first, 1])
         return first
 
     def allocate_run(self, count: int) -> int:
@@ -153,6 +144,7 @@ class Allocator:
         """Count in the blocks what was given out, block by block: what could not be counted stays
         in the list. Raises StorageError and CorruptMetadata."""
         per_block = self.refcounts.per_block
+        self._note_grants()
         while self._raised:
             run = self._raised[-1]
             first, count = run
@@ -170,6 +162,7 @@ class Allocator:
         Block by block: where one cannot be read or written, the others are done, and what is left
         waits for the next call. Raises StorageError and CorruptMetadata."""
         assert not self._raised
+        assert self._next == self._first
         released: list[Released] = []
         freed, self._freed = self._freed, []
         waiting: list[Released] = []
@@ -220,12 +213,12 @@ class Allocator:
     def forget_window(self) -> None:
         """Look for free clusters anew: refcount blocks have gone."""
         self.apply_raised()
-        self._next = self._limit = 0
+        self._move_window(0, 0)
         self._scan = 0
 
     def cut(self, clusters: int) -> None:
         """The file was cut to `clusters` clusters: what lies behind is nobody's, and fresh."""
-        self._next = self._limit = 0
+        self._move_window(0, 0)
         self._scan = min(self._scan, clusters)
         self._cursor = 0
         if self._fresh != NEVER:
@@ -248,7 +241,20 @@ class Allocator:
             first = self._start_block(first)
             count = (first // per_block + 1) * per_block - first
         self._check(first, count)
-        self._next, self._limit, self._scan = first, first + count, first + count
+        self._move_window(first, first + count)
+        self._scan = first + count
+
+    def _move_window(self, first: int, limit: int) -> None:
+        self._note_grants()
+        self._first = self._next = first
+        self._limit = limit
+
+    def _note_grants(self) -> None:
+        """What was given out of the window has to be counted."""
+        if self._next > self._first:
+            self._end_of_grants = self.end_of_grants
+            self._raised.append([self._first, self._next - self._first])
+            self._first = self._next
 
     def _start_block(self, cluster: int) -> int:
         """Put the missing block that describes `cluster` there; returns the next free cluster."""

@@ -35,23 +35,21 @@ class MetadataCache(Generic[Value]):
         """decode: from the bytes of an entry. encode: bytes [first, last) of it, from a value.
         whole: all entries that there are fit within the limit."""
         self.entry_size = entry_size
-        self.set_limit(limit, whole=whole)
         self._storage = storage
         self._decode = decode
         self._encode = encode
         self._young: dict[int, Value] = {}
         self._old: dict[int, Value] = {}
         self._dirty: dict[int, tuple[int, int]] = {}
+        # Whether so much is changed that it should be written back; no property, for the same
+        # loops as `find`.
+        self.crowded = False
+        self.set_limit(limit, whole=whole)
         self._lock = threading.Lock()
         # Counts write-backs: whoever reads the storage beside the cache looks whether it moved.
         self.stores = 0
         # The fast way to an entry of the young generation, for loops that count nanoseconds.
         self.find = self._young.get
-
-    @property
-    def crowded(self) -> bool:
-        """Whether so much is changed that it should be written back."""
-        return len(self._dirty) > self._most_dirty
 
     @property
     def dirty(self) -> bool:
@@ -96,20 +94,19 @@ class MetadataCache(Generic[Value]):
             with self._lock:
                 # It may have been dropped in between, and loaded anew by somebody else.
                 if self._promote(key) is value:
-                    before = self._dirty.get(key, (first, last))
-                    self._dirty[key] = min(before[0], first), max(before[1], last)
+                    self._mark(key, first, last)
                     return value
 
     def touch(self, key: int, value: Value, *, first: int, last: int) -> bool:
         """As `edit` for an entry that `find` has just found; False where it is gone meanwhile."""
+        before = self._dirty.get(key)
+        if before is not None and before[0] <= first and last <= before[1]:
+            # What is changed stays until the one who changes it has it written.
+            return True
         with self._lock:
             if self._young.get(key) is not value:
                 return False
-            before = self._dirty.get(key)
-            if before is None:
-                self._dirty[key] = (first, last)
-            elif first < before[0] or last > before[1]:
-                self._dirty[key] = min(before[0], first), max(before[1], last)
+            self._mark(key, first, last)
             return True
 
     def put(self, key: int, value: Value) -> None:
@@ -117,13 +114,20 @@ class MetadataCache(Generic[Value]):
         with self._lock:
             self._forget(key)
             self._insert(key, value)
-            self._dirty[key] = (0, self.entry_size)
+            self._mark(key, 0, self.entry_size)
+
+    def add(self, key: int, value: Value) -> None:
+        """An entry that is known to be what the storage has."""
+        with self._lock:
+            if self._promote(key) is None:
+                self._insert(key, value)
 
     def set_limit(self, limit: int, *, whole: bool) -> None:
         """Another limit in bytes; what is too much goes as room is next made."""
         self.capacity = max(2, limit // self.entry_size)
         # Where nothing has to make room, changes may wait for a flush.
         self._most_dirty = self.capacity if whole else self.capacity // 2
+        self._count_changes()
 
     def dirty_keys(self) -> list[int]:
         """The keys of changed entries, ascending."""
@@ -132,8 +136,7 @@ class MetadataCache(Generic[Value]):
     def store(self, place: Callable[[int], int]) -> None:
         """Write what has changed, neighbours together; `place` gives host offsets by key.
 
-        Whole sectors are written, so that a torn write cannot mix two states of one word. Nothing
-        counts as written if any part fails. Raises StorageError."""
+        Nothing counts as written if any part fails. Raises StorageError."""
         with self._lock:
             # Readers move entries between the generations meanwhile; their values stay.
             changed = [(place(key), self._value(key), span) for key, span in self._dirty.items()]
@@ -141,6 +144,7 @@ class MetadataCache(Generic[Value]):
             self._storage.pwrite(parts, offset=offset)
         with self._lock:
             self._dirty.clear()
+            self._count_changes()
             self.stores += 1
 
     def _runs(
@@ -149,7 +153,6 @@ class MetadataCache(Generic[Value]):
         """(host offset, pieces that follow one another)."""
         begin, end, parts = 0, -1, list[bytes]()
         for offset, value, (first, last) in sorted(changed, key=lambda one: one[0]):
-            first, last = align_down(first, SECTOR), align_up(last, SECTOR)
             if offset + first != end:
                 if parts:
                     yield begin, parts
@@ -166,6 +169,7 @@ class MetadataCache(Generic[Value]):
                 keys = iter([key for key in (*self._young, *self._old) if key in keys])
             for key in keys:
                 self._forget(key)
+            self._count_changes()
             self.stores += 1
 
     def clean(self) -> None:
@@ -175,6 +179,17 @@ class MetadataCache(Generic[Value]):
                 del self._old[key]
             self._old.update(self._young)
             self._young.clear()
+
+    def _mark(self, key: int, first: int, last: int) -> None:
+        """Bytes [first, last) are to be written. Whole sectors are, so that a torn write cannot mix
+        two states of one word."""
+        before = self._dirty.get(key, (first, last))
+        first, last = min(before[0], first), max(before[1], last)
+        self._dirty[key] = align_down(first, SECTOR), align_up(last, SECTOR)
+        self._count_changes()
+
+    def _count_changes(self) -> None:
+        self.crowded = len(self._dirty) > self._most_dirty
 
     def _value(self, key: int) -> Value:
         value = self._young.get(key)

@@ -55,6 +55,8 @@ class Qcow2Disk:
         self._compressed = None if state.external else CompressedWriter(state, self._writer)
         self._resizer = Resizer(state, self._writer, self._eraser, self._old)
         self._lock = state.lock
+        self._mapping = state.mapping
+        self._barriers = state.barriers
         self._cache = state.tables.cache
         self._small = SmallWriter(state, self._old).write
         # Whether the first change was prepared, and nothing has failed since.
@@ -73,7 +75,7 @@ class Qcow2Disk:
         """Plain data."""
         with self._lock:
             # Whoever watches the steps wants to see those of every write.
-            watched = self.state.barriers.observe is not ignore_event
+            watched = self._barriers.observe is not ignore_event
             if self._ready and not watched and self._small(data, offset):
                 if self._cache.crowded:
                     with self._change():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from qcowkit.codecs.qcow2.entries import COPIED, OFFSET_MASK
-from qcowkit.engine.qcow2.old_content import OldContent
+from qcowkit.engine.qcow2.old_content import Below, OldContent
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.errors import CorruptMetadata
 from qcowkit.units import SECTOR
@@ -31,7 +31,8 @@ class SmallWriter:
         self._extended = state.geometry.has_subclusters
         self._words = 2 if self._extended else 1
         self._entries = state.tables.slice_entries
-        self._cache = state.tables.cache
+        self._bytes = 8 * self._words
+        self._touch = state.tables.cache.touch
         self._find = state.tables.cache.find
         self._slice = state.tables.slice
         self._judged = state.judged
@@ -85,28 +86,12 @@ class SmallWriter:
         if self._external or self._cipher is not None or number not in self._owned:
             return False
         inside = offset & self._mask
-        start, end = offset - inside, self._size
-        if self._extended:
-            # Only the subclusters that are touched have to be there afterwards.
-            begin = inside & -self._unit
-            end = (inside + len(data) + self._unit - 1) & -self._unit
-        else:
-            begin = 0
         buffers: tuple[memoryview | bytes | bytearray, ...] = (data,)
-        below = self._old.below
-        whole = len(data) == end - begin
-        if below is not None and not whole and start + begin < below.size:
-            if start + end > below.size or end - begin > len(data) * 32 + 65536:
+        if self._old.below is not None:
+            merged = self._merge(self._old.below, data, inside, offset - inside)
+            if merged is None:
                 return False
-            try:
-                raw = below.read_or_none(start=start + begin, length=end - begin)
-            except CorruptMetadata as error:
-                self._state.foreign = error
-                raise
-            if raw is not None:
-                view = memoryview(raw)
-                buffers = (view[: inside - begin], data, view[inside + len(data) - begin :])
-                inside = begin
+            inside, buffers = merged
         cluster = self._take()
         if cluster < 0:
             return False
@@ -122,13 +107,35 @@ class SmallWriter:
             words[index + 1] = span
         return True
 
+    def _merge(
+        self, below: Below, data: memoryview, inside: int, start: int
+    ) -> tuple[int, tuple[memoryview | bytes | bytearray, ...]] | None:
+        """(place in the cluster, buffers) with what lies around the data in the layers below; None
+        where that is not so simple. start: guest offset of the cluster."""
+        begin, end = 0, self._size
+        if self._extended:
+            # Only the subclusters that are touched have to be there afterwards.
+            begin = inside & -self._unit
+            end = (inside + len(data) + self._unit - 1) & -self._unit
+        if len(data) == end - begin or start + begin >= below.size:
+            return inside, (data,)
+        if start + end > below.size or end - begin > len(data) * 32 + 65536:
+            return None
+        try:
+            raw = below.read_or_none(start=start + begin, length=end - begin)
+        except CorruptMetadata as error:
+            self._state.foreign = error
+            raise
+        if raw is None:
+            return inside, (data,)
+        view = memoryview(raw)
+        return begin, (view[: inside - begin], data, view[inside + len(data) - begin :])
+
     def _edit(self, number: int, index: int) -> array[int]:
         """The words of the slice, the entry at word `index` marked as changed."""
         words = self._find(number)
-        size = 8 * self._words
-        if words is not None and self._cache.touch(
-            number, words, first=index * 8, last=index * 8 + size
-        ):
+        first = index * 8
+        if words is not None and self._touch(number, words, first=first, last=first + self._bytes):
             return words
         # A reader has pushed the slice out: it is found again.
         entry = index // self._words

@@ -34,11 +34,14 @@ from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.overlap import OverlapGuard
 from qcowkit.engine.qcow2.refcount_store import RefcountStore
-from qcowkit.engine.qcow2.tables import encode_words, load_l1
+from qcowkit.engine.qcow2.tables import encode_words, load_l1, native_words
 from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError, StorageError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, align_down, ceil_div
+
+# Slices that are known to be sound, some MiB of numbers at most.
+_MOST_JUDGED = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +140,18 @@ class WriteState:
         self.guard.note("active-l2", first=grant.first)
         self._dirty_l1.add(index)
         self.tables.l1[index] = np.uint64(host | COPIED)
+        if not old:
+            self._know_zeros(index)
         # Last: whatever ends this call before may leak the old table, and never gives it away.
         if old:
             self.allocator.free(old // size, 1, punch=self.options.pass_discard_other)
+
+    def _know_zeros(self, index: int) -> None:
+        """A new table without entries needs neither to be read nor to be judged; one of many slices
+        would fill the cache with what may never be used."""
+        if self.tables.slices_per_table == 1:
+            self._note_judged(index)
+            self.tables.cache.add(index, native_words(bytes(self.tables.slice_size)))
 
     def _fill_table(self, old: int, grant: Grant, host: int) -> None:
         """A new L2 table starts as a copy of the one that was shared, or with zeros."""
@@ -168,8 +180,15 @@ class WriteState:
         words = self.tables.slice(number)
         if number not in self.judged:
             self._judge(number, words)
-            self.judged.add(number)
+            self._note_judged(number)
         return words
+
+    def _note_judged(self, number: int) -> None:
+        if len(self.judged) >= _MOST_JUDGED:
+            # Only time is lost: whatever is used again is judged again.
+            self.judged.clear()
+            self.owned.clear()
+        self.judged.add(number)
 
     def edit(self, number: int, *, first: int, last: int) -> array[int]:
         """The words of a slice, of which entries [first, last) change."""
