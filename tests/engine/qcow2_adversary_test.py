@@ -14,8 +14,15 @@ from qcowkit.engine.findings import Effort
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.engine.qcow2.snapshots import Snapshots
-from qcowkit.errors import CorruptMetadata, QcowkitError, StorageError
+from qcowkit.errors import (
+    CorruptMetadata,
+    OperationError,
+    QcowkitError,
+    RequestError,
+    StorageError,
+)
 from qcowkit.image.lineage import Layer
+from qcowkit.image.metadata import RawMetadata
 from qcowkit.image.registry import build_chain
 from qcowkit.operations.check import Verdict, check_image
 from qcowkit.storage.memory import MemoryStorage
@@ -240,3 +247,67 @@ def test_closing_a_disk_that_broke_tells_of_changes_that_are_lost() -> None:
         disk.write(b"b", offset=600 * CLUSTER)
     with pytest.raises(CorruptMetadata):
         disk.close()
+
+
+@pytest.mark.parametrize("way", ["write", "write_zeroes", "discard", "write_compressed"])
+def test_a_change_that_a_shrink_has_overtaken_is_refused(way: str) -> None:
+    storage = Hooked(build_qcow2(size=6 * MiB, clusters={0: fill(1), 1000: fill(2)}).to_bytes())
+    disk = open_disk(storage)
+    reach = disk.size
+    disk.resize(MiB, shrink=True)
+    # What a caller still believes who looked before.
+    disk.size = reach
+    where: dict[str, Any] = {"offset": 1000 * CLUSTER}
+    if way.startswith("write") and way != "write_zeroes":
+        with pytest.raises(RequestError, match="outside the disk"):
+            getattr(disk, way)(bytes(CLUSTER), **where)
+    else:
+        with pytest.raises(RequestError, match="outside the disk"):
+            getattr(disk, way)(length=CLUSTER, **where)
+    disk.flush()
+    assert verdict(storage) is Verdict.CLEAN
+
+
+def test_a_raw_disk_stays_short_where_a_write_was_overtaken() -> None:
+    storage = Hooked(bytes(MiB))
+    layer = Layer(storage=storage, metadata=RawMetadata(virtual_size=MiB))
+    disk = build_chain([layer], writable=True)
+    shrinks = [512 * KiB]
+
+    def shrink(offset: int, length: int) -> None:
+        if shrinks:
+            disk.resize(shrinks.pop(), shrink=True)
+
+    storage.before_write = shrink
+    with pytest.raises(RequestError, match="outside the disk"):
+        disk.write(b"late", offset=MiB - 4)
+    assert storage.size() == disk.size == 512 * KiB
+
+
+def test_a_refcount_block_that_two_entries_name_ends_writing() -> None:
+    built = build_qcow2(size=6 * MiB, clusters={0: fill(1)})
+    storage = MemoryStorage(built.to_bytes())
+    table = load_qcow2_metadata(storage).header.refcount_table_offset
+    entry = storage.pread(8, offset=table)
+    storage.pwrite([entry], offset=table + 8)
+    with pytest.raises(CorruptMetadata, match="is that of entry 0 too"):
+        open_disk(storage)
+
+
+class Hollow(MemoryStorage):
+    """A file that says to be far longer than it is, as a sparse one may be."""
+
+    def size(self) -> int:
+        return 1 << 50
+
+
+def test_a_snapshot_of_a_huge_hollow_file_is_refused_before_memory_is_taken() -> None:
+    storage = Hollow(build_qcow2(size=6 * MiB, clusters={0: fill(1)}).to_bytes())
+    changes = Snapshots(
+        storage=storage,
+        metadata=load_qcow2_metadata(storage),
+        barriers=Barriers(storage),
+        effort=Effort(stored=64 * KiB),
+    )
+    with pytest.raises(OperationError, match="too complex"):
+        changes.create("s")

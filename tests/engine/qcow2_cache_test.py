@@ -392,3 +392,13 @@ def test_readers_beside_a_writer_never_see_an_old_entry() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_an_entry_whose_place_may_have_changed_while_it_was_read_is_not_kept() -> None:
+    storage = filled(4)
+    cache = make_cache(storage, entries=4)
+    change(cache, 3)
+    before = cache.stores
+    cache.store(place)
+    assert cache.get_if(0, offset=place(0), stores=before) is None
+    assert cache.get_if(0, offset=place(0), stores=cache.stores) == bytes([0]) * ENTRY

@@ -6,6 +6,7 @@ import errno
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qcowkit.engine.vhd import writer as writer_module
@@ -442,3 +443,27 @@ def test_every_barrier_has_a_name() -> None:
         "blocks before what leads to them",
         "bitmaps and table before more changes",
     ]
+
+
+class Interrupted(np.ndarray):
+    """A block table in memory: right after an entry was set, the program is interrupted, once."""
+
+    armed = True
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def test_a_place_is_not_given_out_twice_after_an_interrupt() -> None:
+    storage = MemoryStorage(build())
+    writer = open_writer(storage)
+    writer.blocks.sectors = writer.blocks.sectors.view(Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(writer, b"x" * BLOCK, offset=0)
+    put(writer, b"y" * BLOCK, offset=BLOCK)
+    writer.flush()
+    assert audit(storage) == []
+    assert content(storage)[: 2 * BLOCK] == b"x" * BLOCK + b"y" * BLOCK

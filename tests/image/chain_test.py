@@ -18,12 +18,13 @@ from qcowkit.engine.holes import MAX_PIECES, load_host_data, mark_holes
 from qcowkit.engine.qcow2 import clusters as clusters_module
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, Flag, make_table
 from qcowkit.image.chain import WINDOW_ENTRIES, Chain, data_rows
 from qcowkit.image.metadata import RawMetadata
-from qcowkit.image.plain import check_range, map_flat, read_plain
+from qcowkit.image.plain import map_flat, read_plain
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.raw import RawImage
 from qcowkit.storage.memory import MemoryStorage

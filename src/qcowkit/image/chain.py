@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowkit.engine.memory import keep_freed_memory
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import QcowkitError, RequestError
 from qcowkit.extents.algebra import clip, overlay
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit, concatenate, make_table
 from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.lineage import Layer
-from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image, Tracker, WritableImage
 from qcowkit.image.rawio import DiskFile
 from qcowkit.units import KiB, MiB, align_down

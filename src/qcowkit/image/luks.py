@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from qcowkit.budget import Budget
 from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.luks.unlock import require_secret, unlock_luks
+from qcowkit.engine.ranges import check_range
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit, single
-from qcowkit.image.plain import check_range, read_encrypted
+from qcowkit.image.plain import read_encrypted
 from qcowkit.storage.protocol import Storage
 
 

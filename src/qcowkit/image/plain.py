@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcowkit.engine.crypt import PIECE, DataCipher
-from qcowkit.errors import CorruptMetadata, RequestError
+from qcowkit.errors import CorruptMetadata
 from qcowkit.extents.table import Extent, ExtentTable, Flag, concatenate, make_table
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, align_up
-
-
-def check_range(*, start: int, length: int, size: int) -> None:
-    """Raise RequestError when [start, start + length) leaves the disk."""
-    if start < 0 or length < 0 or start + length > size:
-        raise RequestError(f"range {start:#x} + {length:#x} is outside the disk of {size:#x} bytes")
 
 
 def read_plain(

@@ -22,10 +22,11 @@ from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit
-from qcowkit.image.plain import check_range, read_encrypted, read_plain
+from qcowkit.image.plain import read_encrypted, read_plain
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import INT64_MAX, align_up
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qcowkit.engine.ranges import check_range
 from qcowkit.extents.table import Extent, ExtentTable, Hit
 from qcowkit.image.metadata import RawMetadata
-from qcowkit.image.plain import check_range, map_flat, read_plain
+from qcowkit.image.plain import map_flat, read_plain
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.preallocate import preallocate
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import RequestError
 from qcowkit.image.metadata import RawMetadata
 from qcowkit.image.protocol import Below
@@ -44,6 +45,7 @@ class WritableRawImage(RawImage):
         """See `WritableImage.write`."""
         self._begin()
         self.data_storage.pwrite([data], offset=offset)
+        self._cut_if_overtaken(offset, memoryview(data).nbytes)
 
     def write_compressed(self, data: Buffer, *, offset: int) -> None:
         """A raw disk has no compressed clusters. Raises RequestError."""
@@ -55,6 +57,7 @@ class WritableRawImage(RawImage):
         """See `WritableImage.write_zeroes`. The host makes the zeros, as well as it can."""
         self._begin()
         self.data_storage.zero(offset=offset, length=length, unmap=unmap)
+        self._cut_if_overtaken(offset, length)
 
     def discard(self, *, offset: int, length: int) -> None:
         """See `WritableImage.discard`. Bytes that the host cannot give up stay as they are."""
@@ -83,9 +86,11 @@ class WritableRawImage(RawImage):
                 raise RequestError(
                     f"size {size} is below the disk's {old}, and shrinking was not asked for"
                 )
-            elif size != old:
-                self._set_length(size, old=old, preallocation=preallocation)
-            self.metadata = replace(self.metadata, virtual_size=align_up(size, SECTOR))
+            elif size < old:
+                self._shorten(size)
+            elif size > old:
+                self._lengthen(size, old=old, preallocation=preallocation)
+            self.metadata = self._resized(size)
 
     def close(self) -> None:
         """Flush what was changed, and close the file in any case."""
@@ -94,15 +99,37 @@ class WritableRawImage(RawImage):
             if self._changed:
                 self.flush()
 
-    def _set_length(self, size: int, *, old: int, preallocation: str) -> None:
+    def _resized(self, size: int) -> RawMetadata:
+        return replace(self.metadata, virtual_size=align_up(size, SECTOR))
+
+    def _shorten(self, size: int) -> None:
+        before = self.metadata
+        # First: whoever writes behind the new end afterwards finds out that it did.
+        self.metadata = self._resized(size)
+        try:
+            self.data_storage.truncate(size)
+        except BaseException:
+            self.metadata = before
+            raise
+
+    def _lengthen(self, size: int, *, old: int, preallocation: str) -> None:
         self.data_storage.truncate(size)
-        if size > old:
-            try:
-                preallocate(self.data_storage, offset=old, length=size - old, mode=preallocation)
-            except BaseException:
-                # All or nothing: without its space the file is not longer.
-                self.data_storage.truncate(old)
-                raise
+        try:
+            preallocate(self.data_storage, offset=old, length=size - old, mode=preallocation)
+        except BaseException:
+            # All or nothing: without its space the file is not longer.
+            self.data_storage.truncate(old)
+            raise
+
+    def _cut_if_overtaken(self, offset: int, length: int) -> None:
+        """A change that a shrink has overtaken has made the file longer again: that is undone."""
+        if offset + length <= self.size:
+            return
+        with self._lock:
+            if offset + length > self.size:
+                if not self.data_storage.caps.block_device:
+                    self.data_storage.truncate(self.size)
+                check_range(start=offset, length=length, size=self.size)
 
     def _begin(self) -> None:
         self._barriers.check()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from qcowkit.engine.ranges import check_range
 from qcowkit.engine.vhd.mapping import BlockMap
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.extents.table import Extent, ExtentTable, Hit
-from qcowkit.image.plain import check_range, map_flat, read_plain
+from qcowkit.image.plain import map_flat, read_plain
 from qcowkit.storage.protocol import Storage
 
 

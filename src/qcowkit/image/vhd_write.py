@@ -6,6 +6,7 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from qcowkit.engine.ranges import check_range
 from qcowkit.engine.vhd.fixed import FixedWriter
 from qcowkit.engine.vhd.mapping import BlockMap
 from qcowkit.engine.vhd.metadata import VhdMetadata
@@ -13,7 +14,6 @@ from qcowkit.engine.vhd.resize import resize_blocks
 from qcowkit.engine.vhd.writer import BlockWriter
 from qcowkit.errors import RequestError
 from qcowkit.extents.table import ExtentTable
-from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Below
 from qcowkit.image.vhd import VhdImage
 from qcowkit.storage.protocol import Storage

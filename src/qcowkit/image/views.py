@@ -8,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import CorruptMetadata, StorageError
 from qcowkit.extents.algebra import clip, shift
 from qcowkit.extents.table import ExtentTable, Flag, concatenate, make_table, single
 from qcowkit.image.chain import data_rows
-from qcowkit.image.plain import check_range
 from qcowkit.image.protocol import Image
 from qcowkit.units import MiB, align_down
 

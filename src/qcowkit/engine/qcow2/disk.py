@@ -13,19 +13,20 @@ from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.erase import Eraser
 from qcowkit.engine.qcow2.old_content import Below, OldContent
 from qcowkit.engine.qcow2.overlap import OverlapGuard, chosen_checks
-from qcowkit.engine.qcow2.refcounts import load_refcount_table
+from qcowkit.engine.qcow2.refcounts import check_blocks, load_refcount_table
 from qcowkit.engine.qcow2.resize import Resizer
 from qcowkit.engine.qcow2.small_write import SmallWriter
 from qcowkit.engine.qcow2.state import Places, WriteState
 from qcowkit.engine.qcow2.tables import native_words, read_words
 from qcowkit.engine.qcow2.write import Writer
 from qcowkit.engine.qcow2.write_compressed import CompressedWriter
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import CorruptMetadata
 
 
 class Qcow2Disk:
-    """Changes the active disk of one image. Safe from several threads. Offsets in guest bytes; the
-    caller keeps them inside the disk."""
+    """Changes the active disk of one image. Safe from several threads. Offsets in guest bytes; a
+    range that leaves the disk, as a resize may have left it meanwhile, raises RequestError."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Qcow2Disk:
             # Data first: what is durable in the tables must be durable there before.
             files.insert(0, places.data)
         table = load_refcount_table(places.storage, places.metadata)
+        check_blocks(table, place=places.metadata.header.refcount_table_offset)
         state = WriteState(
             places,
             table=native_words(table.astype(">u8").tobytes()),
@@ -73,7 +75,10 @@ class Qcow2Disk:
 
     def write(self, data: memoryview, *, offset: int) -> None:
         """Plain data."""
+        end = offset + len(data)
         with self._lock:
+            if end > self._mapping.size:
+                self._check(offset, len(data))
             # Whoever watches the steps wants to see those of every write.
             watched = self._barriers.observe is not ignore_event
             if self._ready and not watched and self._small(data, offset):
@@ -87,17 +92,20 @@ class Qcow2Disk:
     def write_compressed(self, data: memoryview, *, offset: int) -> None:
         """Whole clusters, compressed."""
         with self._lock, self._change():
+            self._check(offset, len(data))
             writer = self._compressed or CompressedWriter(self.state, self._writer)
             writer.write(data, offset=offset)
 
     def write_zeroes(self, *, offset: int, length: int, unmap: bool, fallback: bool) -> None:
         """Zeros, by entries where that can be."""
         with self._lock, self._change():
+            self._check(offset, length)
             self._eraser.write_zeroes(offset, length, unmap=unmap, fallback=fallback)
 
     def discard(self, *, offset: int, length: int) -> None:
         """Whole clusters given up."""
         with self._lock, self._change():
+            self._check(offset, length)
             self._eraser.discard(offset, length)
 
     def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
@@ -129,6 +137,9 @@ class Qcow2Disk:
         self.state.tables.cache.clean()
         with self._lock:
             self.state.refcounts.blocks.clean()
+
+    def _check(self, offset: int, length: int) -> None:
+        check_range(start=offset, length=length, size=self._mapping.size)
 
     @contextmanager
     def _change(self) -> Iterator[None]:

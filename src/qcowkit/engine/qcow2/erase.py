@@ -113,7 +113,8 @@ class Eraser:
         size = self._state.mapping.size
         begin, end = align_up(start, unit), align_down(stop, unit)
         if stop == size:
-            end = align_up(stop, unit)
+            # Behind the disk nothing has to stay: where there is a whole unit, so is the cluster.
+            end = align_up(stop, self._size if begin < stop else unit)
         if begin > end:
             # Within one unit, and touching neither of its ends.
             low = align_down(start, unit)

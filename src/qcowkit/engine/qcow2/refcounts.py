@@ -10,6 +10,7 @@ from qcowkit.codecs.qcow2.entries import Uint64Array
 from qcowkit.codecs.qcow2.refcount_block import count_used
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.tables import read_words
+from qcowkit.errors import CorruptMetadata
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
@@ -29,6 +30,24 @@ def load_refcount_table(storage: Storage, metadata: Qcow2Metadata) -> Uint64Arra
         structure="refcount table",
     )
     return words if len(words) == count else np.pad(words, (0, count - len(words)))
+
+
+def check_blocks(table: Uint64Array, *, place: int) -> None:
+    """Raise CorruptMetadata where two entries name one block: it would count two things at once,
+    and a table of one block a million times would be searched a million times. place: host offset
+    of the table."""
+    used = np.flatnonzero(table)
+    order = used[np.argsort(table[used], kind="stable")]
+    same = np.flatnonzero(table[order[1:]] == table[order[:-1]])
+    if len(same):
+        first, second = int(order[same[0]]), int(order[same[0] + 1])
+        raise CorruptMetadata(
+            "refcount table",
+            host_offset=place,
+            index=second,
+            reason=f"refcount block {int(table[second]):#x} is that of entry {first} too, expected "
+            "a block of its own; check -r all makes new ones",
+        )
 
 
 def iter_blocks(

@@ -332,8 +332,12 @@ class BlockWriter:
             self.storage.zero(offset=offset, length=length, unmap=unmap)
         for offset, buffers in gather(change.writes):
             self.storage.pwrite(buffers, offset=offset)
-        # The file has it all. From here on nothing fails.
+        # The file has it all, and from here on only an interrupt ends this call: no place may be
+        # given out again, and no entry may miss its link, before the table in memory refers to it.
         blocks = self.blocks
+        self._unlinked.update(change.fresh)
+        for place in change.fresh.values():
+            self.space.take(place + self.span)
         for block, first, end in change.marks:
             set_bits(change.bitmaps[block], first=first, end=end)
         for block, bitmap in change.bitmaps.items():
@@ -344,8 +348,6 @@ class BlockWriter:
             if block not in change.bitmaps:
                 blocks.full[block] = True
             blocks.sectors[block] = place // SECTOR
-            self.space.take(place + self.span)
-        self._unlinked.update(change.fresh)
 
     def _give_back(self, change: _Change) -> None:
         for place in change.fresh.values():

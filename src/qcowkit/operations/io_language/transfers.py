@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.ranges import check_range
 from qcowkit.errors import QcowkitError, RequestError, StorageError, UnsupportedFeature
 from qcowkit.extents.table import Flag
 from qcowkit.image.chain import Chain
-from qcowkit.image.plain import check_range
 from qcowkit.operations.io_language.flight import Span
 from qcowkit.operations.io_language.reports import Failure, Outcome, Transfer
 from qcowkit.operations.io_language.requests import (
