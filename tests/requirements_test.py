@@ -41,7 +41,6 @@ ITEMS = [
     *(f"S004-{number:02}" for number in range(1, 20)),
 ]
 MILESTONES = (
-    "milestone 2: write engine",
     "milestone 3: management",
     "milestone 4: streams",
     "milestone 5: NBD",

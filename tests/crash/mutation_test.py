@@ -61,8 +61,7 @@ CASES: Mapping[tuple[str, ...], Case] = {
         plan=Plan(operations=16, weights={"write": 50, "discard": 30, "flush": 6}, longest=96),
     ),
     ("data before tables",): LAZY,
-    # A new table lies in the file, as zeros or a copy, before the one in front of it lets L1 go.
-    ("data and refcounts before tables", "L2 tables before L1"): USUAL_CASE,
+    ("data and refcounts before tables",): USUAL_CASE,
     ("L1 table before its switch",): Case(
         kind=KINDS["64 bits a refcount"], plan=Plan(operations=16, weights=RESIZING)
     ),

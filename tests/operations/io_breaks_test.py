@@ -109,8 +109,9 @@ def test_an_unknown_event_is_refused_with_those_that_are_known(qcow2: IoSession)
 
 
 def test_a_barrier_is_an_event_too(qcow2: IoSession) -> None:
-    said(qcow2, "write 0 64k", "break L2_tables_before_L1 A")
-    assert said(qcow2, "flush") == ["flush stopped at L2 tables before L1, to be resumed: A"]
+    said(qcow2, "write 0 64k", "break data_and_refcounts_before_tables A")
+    stopped = "flush stopped at data and refcounts before tables, to be resumed: A"
+    assert said(qcow2, "flush") == [stopped]
     said(qcow2, "resume A", "flush")
 
 

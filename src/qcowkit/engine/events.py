@@ -13,7 +13,6 @@ QCOW2_BARRIERS = (
     "refcount table before mapping",
     "refcount table switch before mapping",
     "data before tables",
-    "L2 tables before L1",
     "L1 table before its switch",
     "mapping before releasing clusters",
     "flush",

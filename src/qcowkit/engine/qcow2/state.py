@@ -431,12 +431,11 @@ class WriteState:
         if self.lazy and (self.tables.cache.dirty or self._dirty_l1 or self._moved_l1):
             # New L2 tables and the record of dirty ones are among it.
             self.barriers.wait("data before tables")
-        if not self.tables.cache.dirty:
-            return
-        self.tables.cache.store(self.tables.place)
-        self.barriers.pending = True
-        if self._dirty_l1 or self._moved_l1:
-            self.barriers.wait("L2 tables before L1")
+        if self.tables.cache.dirty:
+            # An L1 entry may be durable before them: a new table is in the file already, as zeros
+            # or as a copy of the one that was shared.
+            self.tables.cache.store(self.tables.place)
+            self.barriers.pending = True
 
     def _store_l1(self) -> None:
         """Whole sectors of entries, or all of a table that has moved."""
