@@ -85,6 +85,20 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     assert path.read_bytes() == before
 
 
+def test_snapshots_are_compared_and_mapped_like_disks(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    qcow("snapshot", "-q", "-c", "a", path)
+    qcow("snapshot", "-q", "-c", "b", path)
+    write(path, 4)
+    qcow("resize", "-q", path, "8M")
+    assert qcow("compare", "-s", "-l", "a", "-L", "b", path, path).code == 0
+    assert qcow("compare", "-l", "a", path, path, code=None).code == 1
+    mapped = qcow("map", "--output=json", "--snapshot", "b", path).json()
+    assert (mapped[0]["length"], sum(one["length"] for one in mapped)) == (1 << 20, 4 << 20)
+    failed = qcow("map", "--snapshot", "c", path, code=1)
+    assert "'c'" in failed.err
+
+
 def test_other_formats_have_no_snapshots(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(1 << 20))

@@ -51,7 +51,6 @@ CASES: Mapping[tuple[str, ...], Case] = {
     ),
     # The barrier between data and tables is the one that has to hold both back.
     ("dirty bit before unaccounted clusters", "data before tables"): LAZY,
-    ("data and refcounts before tables",): USUAL_CASE,
     ("refcount table before mapping",): Case(
         kind=KINDS["64 bits a refcount"], plan=Plan(operations=30, weights=FILLING)
     ),

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from qcowkit.budget import Budget
-from qcowkit.errors import QcowkitError
+from qcowkit.budget import TRUSTED, Budget
+from qcowkit.errors import QcowkitError, RequestError
 from qcowkit.image.gate import ReferenceGate
+from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.image.registry import open_chain
+from qcowkit.operations.create import CreateOptions, OptionValue, create_image
+from qcowkit.operations.snapshot import create_snapshot
 from qcowkit.testing.qcow2_builder import SnapshotSpec, build_qcow2
 from qcowkit.units import KiB
 
@@ -90,6 +93,64 @@ def test_a_snapshot_is_opened_in_place_of_the_disk(tmp_path: Path) -> None:
     for name in ("1", "old"):
         with open_chain(path, snapshot=name) as chain:
             assert chain.read(offset=0, length=1) == b"s"
+
+
+def test_a_snapshot_is_a_disk_over_the_files_of_another_that_is_being_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    clusters: dict[int, bytes] = {0: b"o" * 4096, 1: b"o" * 4096}
+    snapshot = SnapshotSpec(id="1", name="old", clusters=clusters, disk_size=8 * KiB)
+    path.write_bytes(build_qcow2(size=16 * KiB, clusters=clusters, snapshots=[snapshot]).to_bytes())
+    with open_chain(path, format="qcow2", writable=True) as chain:
+        old = chain.snapshot("old")
+        for _ in range(3):
+            chain.write(b"n" * 8192, offset=0)
+            chain.flush()
+            assert old.read(offset=0, length=8192) == b"o" * 8192
+        assert (old.size, old.writable) == (8 * KiB, False)
+        with pytest.raises(RequestError, match="read-only"):
+            old.write(b"x", offset=0)
+        old.close()
+        assert chain.read(offset=0, length=1) == b"n"
+        with pytest.raises(RequestError, match="'new'"):
+            chain.snapshot("new")
+
+
+def test_an_encrypted_snapshot_needs_no_second_passphrase(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    values: dict[str, OptionValue] = {
+        "size": 64 * KiB,
+        "encrypt.format": "luks",
+        "encrypt.iter-time": 1,
+    }
+    options = CreateOptions(format="qcow2", values=values, secret=b"s")
+    create_image(path, options, gate=ReferenceGate.deny_all())
+    with open_chain(path, writable=True, secrets=b"s") as chain:
+        chain.write(b"o" * 512, offset=0)
+    layers = open_layers(
+        path, format="qcow2", gate=ReferenceGate.deny_all(), budget=TRUSTED, writable=True
+    )
+    create_snapshot(layers[0], "old")
+    close_layers(layers)
+    with open_chain(path, writable=True, secrets=b"s") as chain:
+        chain.write(b"n" * 512, offset=0)
+        old = chain.snapshot("old")
+        assert old.read(offset=0, length=1) == b"o"
+        old.close()
+        assert chain.read(offset=0, length=1) == b"n"
+
+
+@pytest.mark.parametrize("format", ["raw", "vpc"])
+def test_only_qcow2_has_snapshots_to_open(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "disk"
+    options = CreateOptions(format=format, values={"size": 64 * KiB})
+    create_image(path, options, gate=ReferenceGate.deny_all())
+    with (
+        open_chain(path, format=format) as chain,
+        pytest.raises(RequestError, match=f"{format} images have no internal snapshots"),
+    ):
+        chain.snapshot("a")
 
 
 def test_only_qcow2_has_snapshots(tmp_path: Path) -> None:

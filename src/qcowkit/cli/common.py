@@ -71,6 +71,17 @@ def add_format(parser: Parser, *flags: str, dest: str = "format", what: str = "t
     )
 
 
+def add_snapshot(parser: Parser, *flags: str, dest: str = "snapshot", what: str) -> None:
+    """`flags SNAPSHOT`: an internal snapshot in place of the current disk."""
+    parser.add_argument(
+        *flags,
+        dest=dest,
+        metavar="SNAPSHOT",
+        type=snapshot_name,
+        help=f"an internal snapshot of {what}, by id or name, in place of its current disk",
+    )
+
+
 def add_output(parser: Parser) -> None:
     """`--output human|json`."""
     parser.add_argument(

@@ -19,6 +19,7 @@ from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit, concatenate, m
 from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.lineage import Layer
 from qcowkit.image.protocol import Image, Tracker, WritableImage
+from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.rawio import DiskFile
 from qcowkit.units import KiB, MiB, align_down
 
@@ -37,6 +38,11 @@ _DATA_OR_ZERO = int(Flag.DATA | Flag.ZERO)
 def data_rows(table: ExtentTable) -> ExtentTable:
     """The rows whose bytes must be read: DATA that is not known to be zero. Not contiguous."""
     return table.take((table.flags & _DATA_OR_ZERO) == Flag.DATA)
+
+
+def no_snapshots(id_or_name: str, format: str) -> RequestError:
+    """What is said where a snapshot is asked of a format that has none."""
+    return RequestError(f"snapshot {id_or_name!r}: {format} images have no internal snapshots")
 
 
 class Chain:
@@ -62,13 +68,15 @@ class Chain:
         layers: Sequence[Layer] = (),
         top: WritableImage | None = None,
         cleaner: CacheCleaner | None = None,
+        owner: bool = True,
     ) -> None:
         """top: the first of `images` again, where it may be written. cleaner: runs, and ends with
-        this disk."""
+        this disk. owner: whether closing it closes the images."""
         self.images = tuple(images)
         self.layers = tuple(layers)
         self._top = top
         self._cleaner = cleaner
+        self._owner = owner
         self._trackers: tuple[Tracker, ...] = ()
         self._measure()
         if top is not None:
@@ -328,6 +336,16 @@ class Chain:
             tracker.mark(start=offset, length=length)
         return top
 
+    def snapshot(self, id_or_name: str) -> Chain:
+        """An internal snapshot of the top image as a read-only disk, above the same layers.
+
+        It uses the files of this disk, which has to stay open meanwhile; closing it closes none.
+        Raises RequestError where there is no such snapshot."""
+        top = self.images[0]
+        if not isinstance(top, Qcow2Image):
+            raise no_snapshots(id_or_name, self.format)
+        return Chain([top.snapshot(id_or_name), *self.images[1:]], layers=self.layers, owner=False)
+
     def open_file(self) -> io.RawIOBase:
         """A read-only file object over the guest disk; it does not own the chain."""
         return DiskFile(self)
@@ -337,7 +355,7 @@ class Chain:
 
         A writable disk is flushed first: its error means that acknowledged changes were lost."""
         with ExitStack() as stack:
-            for image in self.images:
+            for image in self.images if self._owner else ():
                 stack.callback(image.close)
             if self._cleaner is not None:
                 stack.callback(self._cleaner.stop)

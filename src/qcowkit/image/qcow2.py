@@ -34,8 +34,9 @@ from qcowkit.units import INT64_MAX, align_up
 class Qcow2Image:
     """The active disk of a qcow2 file, or one of its snapshots (`snapshot`: id or name).
 
-    secret: the passphrase where the content is encrypted. Raises RequestError for an unknown
-    snapshot, and for a passphrase that is missing or wrong."""
+    secret: the passphrase where the content is encrypted. owner: the image whose files and key are
+    used, and which closes them. Raises RequestError for an unknown snapshot, and for a passphrase
+    that is missing or wrong."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Qcow2Image:
         snapshot: str | None = None,
         options: OpenOptions = DEFAULT_OPTIONS,
         secret: bytes | None = None,
+        owner: Qcow2Image | None = None,
     ) -> None:
         if metadata.data_file and data_storage is None:
             raise RequestError(f"{storage.name}: the external data file is not open")
@@ -56,13 +58,30 @@ class Qcow2Image:
         self.cluster_size = metadata.geometry.cluster_size
         self.mapping = _open_mapping(metadata, storage, budget, snapshot, options)
         self.size = self.mapping.size
-        self.cipher = open_cipher(metadata, storage, secret=secret, budget=budget)
+        self._budget, self._options, self._owner = budget, options, owner
+        if owner is None:
+            self.cipher = open_cipher(metadata, storage, secret=secret, budget=budget)
+        else:
+            self.cipher = owner.cipher
         self.clusters = ClusterReader(
             storage, kind=metadata.compression_type, cluster_size=self.cluster_size
         )
         self._host_data: RangeSet | None = None
         # A hole of the host reads as zeros, which decrypt to anything.
         self._asked_host = self.cipher is not None
+
+    def snapshot(self, id_or_name: str) -> Qcow2Image:
+        """A snapshot as a read-only image over the files of this one, which has to stay open, and
+        the snapshot there, as long as it is used. Raises RequestError where there is none."""
+        return Qcow2Image(
+            self.metadata,
+            self.storage,
+            data_storage=None if self.data_storage is self.storage else self.data_storage,
+            budget=self._budget,
+            snapshot=id_or_name,
+            options=self._options,
+            owner=self,
+        )
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:
         """See `Image.extents`."""
@@ -118,6 +137,8 @@ class Qcow2Image:
         self.mapping.tables.cache.clean()
 
     def close(self) -> None:
+        if self._owner is not None:
+            return
         if self.cipher is not None:
             self.cipher.wipe()
         self.storage.close()

@@ -12,7 +12,7 @@ from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import RequestError
-from qcowkit.image.chain import Chain
+from qcowkit.image.chain import Chain, no_snapshots
 from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
@@ -100,9 +100,7 @@ def build_chain(
     """The chain of layers that are open already. `snapshot`, `writable`: of the top layer."""
     top = layers[0]
     if snapshot is not None and not isinstance(top.metadata, Qcow2Metadata):
-        raise RequestError(
-            f"snapshot {snapshot!r}: {top.metadata.format} images have no internal snapshots"
-        )
+        raise no_snapshots(snapshot, top.metadata.format)
     below = [
         build_image(layer, budget=budget, options=options, depth=depth)
         for depth, layer in enumerate(layers[1:], 1)

@@ -12,6 +12,7 @@ from qcowkit.cli.common import (
     add_output,
     add_progress,
     add_quiet,
+    add_snapshot,
     write_json,
 )
 from qcowkit.cli.opening import open_disk
@@ -29,6 +30,8 @@ def configure(parser: Parser) -> None:
     parser.add_argument("second", metavar="FILE2", help="image to compare it with")
     add_format(parser, "-f", what="FILE1")
     add_format(parser, "-F", dest="second_format", what="FILE2")
+    add_snapshot(parser, "-l", "--snapshot", what="FILE1")
+    add_snapshot(parser, "-L", "--second-snapshot", dest="second_snapshot", what="FILE2")
     add_cache(parser, "-T", what="source")
     parser.add_argument(
         "-s",
@@ -41,7 +44,8 @@ def configure(parser: Parser) -> None:
     add_progress(parser)
     add_access(parser)
     parser.examples(
-        "qcow compare disk.raw disk.qcow2   exit code 0: same, 1: different, 2 to 4: failed"
+        "qcow compare disk.raw disk.qcow2   exit code 0: same, 1: different, 2 to 4: failed",
+        "qcow compare -l monday -L tuesday disk.qcow2 disk.qcow2",
     )
 
 
@@ -49,10 +53,12 @@ def run(args: Namespace) -> int:
     """Compare; an image that cannot be opened ends with 2."""
     with exits.failing_as(exits.COMPARE_OPEN):
         parse_objects(args.objects)
-        first = open_disk(args, args.first, format=args.format)
+        first = open_disk(args, args.first, format=args.format, snapshot=args.snapshot)
     with first:
         with exits.failing_as(exits.COMPARE_OPEN):
-            second = open_disk(args, args.second, format=args.second_format)
+            second = open_disk(
+                args, args.second, format=args.second_format, snapshot=args.second_snapshot
+            )
         with second, Progress.of(args, "compare") as progress:
             try:
                 result = compare(first, second, strict=args.strict, progress=progress)

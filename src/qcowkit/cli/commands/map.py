@@ -12,6 +12,7 @@ from qcowkit.cli.common import (
     add_access,
     add_format,
     add_output,
+    add_snapshot,
     size_argument,
 )
 from qcowkit.cli.opening import open_disk
@@ -48,6 +49,7 @@ def configure(parser: Parser) -> None:
         type=size_argument,
         help="guest bytes to list (to the end of the disk)",
     )
+    add_snapshot(parser, "--snapshot", what="FILE")
     add_output(parser)
     parser.add_argument(
         "--plot", action="store_true", help="draw the map of the whole disk in the terminal"
@@ -71,7 +73,7 @@ def run(args: Namespace) -> int:
     kind = _picture_kind(args.plot_file)
     title = os.path.basename(args.file)
     parse_objects(args.objects)
-    with open_disk(args, args.file, format=args.format) as chain:
+    with open_disk(args, args.file, format=args.format, snapshot=args.snapshot) as chain:
         if args.plot:
             write_text(_in_terminal(chain).rstrip("\n") + "\n")
         if kind == "svg":
