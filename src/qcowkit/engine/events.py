@@ -39,6 +39,15 @@ QCOW2_REFORM_BARRIERS = (
     "switch of metadata",
 )
 
+# Of a change of the first cluster (docs/adr/0016).
+QCOW2_FIRST_CLUSTER_BARRIERS = (
+    "what the first cluster will name",
+    "copy of the first cluster before it is read",
+    "detour to the copy of the first cluster",
+    "rest of the first cluster before its switch",
+    "switch of the first cluster",
+)
+
 # Metadata steps of a qcow2 image. The names are those that qemu's debugging driver uses for the
 # same moments, as far as it has them.
 QCOW2_STEPS = (
