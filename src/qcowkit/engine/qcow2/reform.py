@@ -25,18 +25,17 @@ from qcowkit.codecs.qcow2.transitions import hosts_of, mark_copied
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.counters import WINDOW
+from qcowkit.engine.qcow2.cutover import Cutover
 from qcowkit.engine.qcow2.l2_audit import Links, find_links, raise_fault
 from qcowkit.engine.qcow2.layout import refcount_clusters
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import iter_blocks, load_refcount_table
-from qcowkit.errors import CorruptMetadata, RequestError, StorageError
+from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
 _BATCH_BYTES = 4 * MiB
-# Every field that may change lies before this byte, and so in the first sector.
-_FIELDS = 104
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,9 @@ class Change:
     added: trees whose clusters get a reference more; dropped: those that lose one, as their L2
     tables do. given_up: (host offset, bytes) of structures that nothing refers to any more, beside
     the tables that every change replaces. snapshots: all of them afterwards; an l1_offset of -1
-    stands for `kept_l1`, a table that is written for the new one."""
+    stands for `kept_l1`, a table that is written for the new one. in_place: the guest's tables stay
+    where they are, since no count of what they refer to changes. target: the header afterwards, but
+    for sizes and places; None for the one that there is. Its refcounts may have another width."""
 
     active: Tree
     size: int
@@ -68,6 +69,8 @@ class Change:
     given_up: tuple[tuple[int, int], ...] = ()
     snapshots: tuple[SnapshotEntry, ...] = ()
     kept_l1: Uint64Array | None = None
+    in_place: bool = False
+    target: Header | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,8 @@ class Reform:
         self._storage = storage
         self._metadata = metadata
         self._geometry = metadata.geometry
+        # That of the new refcounts.
+        self._wanted = metadata.geometry
         self._size = metadata.geometry.cluster_size
         self._bits = metadata.geometry.cluster_bits
         self._barriers = barriers
@@ -110,7 +115,6 @@ class Reform:
         self._first = max(ceil_div(storage.size(), self._size), self._end_of_counts())
         # One bit a cluster: those that will have exactly one reference.
         self._single: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-        self._keep = False
         self.freed: list[tuple[int, int]] = []
         self._rules = EntryRules(
             geometry=self._geometry,
@@ -121,38 +125,15 @@ class Reform:
 
     def run(self, change: Change) -> Header:
         """Write, switch, and make that durable."""
-        before = self._storage.size()
+        if change.target is not None:
+            self._wanted = change.target.geometry
         table = encode_snapshots(self._placed(change, 0))
         places = self._plan(change, len(table))
-        try:
+        header = self._header(change, places)
+        with Cutover(self._storage, self._metadata.header, barriers=self._barriers) as cutover:
             self._write(change, places)
-            self._barriers.pending = True
-            self._barriers.wait("new metadata before their switch")
-            header = self._header(change, places)
-            self._switch(header)
-        except BaseException:
-            # What was written is nobody's; a file that cannot be cut has it behind its end.
-            self._cut(before)
-            raise
-        self._barriers.wait("switch of metadata")
+            cutover.switch(header)
         return header
-
-    def _switch(self, header: Header) -> None:
-        raw, old = header.encode()[:_FIELDS], self._metadata.header.encode()[:_FIELDS]
-        self._barriers.pending = True
-        # From here on the header may name the new metadata, whatever ends this call.
-        self._keep = True
-        try:
-            self._storage.pwrite([raw], offset=0)
-        except StorageError:
-            # A part of it may be there; the old one is put back if that can be.
-            self._storage.pwrite([old], offset=0)
-            raise
-
-    def _cut(self, size: int) -> None:
-        if self._keep or self._storage.caps.block_device or self._barriers.failed:
-            return
-        self._storage.truncate(size)
 
     # Where everything goes
 
@@ -160,13 +141,16 @@ class Reform:
         # What a hostile image makes far larger than its file is refused before memory is taken.
         self._effort.spend(self._first)
         l2_count = int(np.count_nonzero(change.active.tables))
+        l1_count = max(1, ceil_div(len(change.active.tables) * 8, self._size))
+        if change.in_place:
+            l2_count = l1_count = 0
         kept = 0 if change.kept_l1 is None else len(change.kept_l1)
         at = self._first
         l2, at = at, at + l2_count
-        l1, at = at, at + max(1, ceil_div(len(change.active.tables) * 8, self._size))
+        l1, at = at, at + l1_count
         kept_l1, at = at, at + ceil_div(kept * 8, self._size)
         snapshots, at = at, at + ceil_div(snapshot_bytes, self._size)
-        blocks, table = refcount_clusters(self._geometry, at)
+        blocks, table = refcount_clusters(self._wanted, at)
         if table * self._size > max(MAX_REFCOUNT_TABLE_BYTES, self._size):
             raise RequestError(
                 f"the image would need a refcount table of {table * self._size} bytes, above the "
@@ -193,7 +177,8 @@ class Reform:
     def _write(self, change: Change, places: _Places) -> None:
         # Counts first: what does not add up is found before much is written.
         self._write_counts(change, places)
-        self._write_tree(change.active, places)
+        if not change.in_place:
+            self._write_tree(change.active, places)
         if change.kept_l1 is not None:
             raw = change.kept_l1.astype(">u8").tobytes()
             self._storage.pwrite([raw], offset=places.kept_l1 * self._size)
@@ -202,22 +187,27 @@ class Reform:
             self._storage.pwrite([table], offset=places.snapshots * self._size)
 
     def _header(self, change: Change, places: _Places) -> Header:
-        return replace(
-            self._metadata.header,
-            size=change.size,
-            l1_size=len(change.active.tables),
-            l1_table_offset=places.l1 * self._size,
+        header = replace(
+            change.target or self._metadata.header,
             refcount_table_offset=places.table * self._size,
             refcount_table_clusters=places.table_clusters,
             nb_snapshots=len(change.snapshots),
             snapshots_offset=places.snapshots * self._size if change.snapshots else 0,
+        )
+        if change.in_place:
+            return header
+        return replace(
+            header,
+            size=change.size,
+            l1_size=len(change.active.tables),
+            l1_table_offset=places.l1 * self._size,
         )
 
     # Counts
 
     def _write_counts(self, change: Change, places: _Places) -> None:
         """New blocks and table: the old counts and what changes, a window of clusters at a time."""
-        per_block = self._geometry.refcounts_per_block
+        per_block = self._wanted.refcounts_per_block
         step = max(WINDOW // per_block, 1) * per_block
         self._single = np.zeros(places.end, dtype=np.bool_)
         entries = np.zeros(places.table_clusters * self._size // 8, dtype=np.uint64)
@@ -241,7 +231,7 @@ class Reform:
         for sign, trees in ((1, change.added), (-1, change.dropped)):
             for tree in trees:
                 self._count_tree(delta, tree, sign, base, stop)
-        for offset, length in (*change.given_up, *self._replaced()):
+        for offset, length in (*change.given_up, *self._replaced(change)):
             first, last = offset >> self._bits, (offset + length - 1) >> self._bits
             if length:
                 _add_run(delta, first - base, last + 1 - base, -1)
@@ -259,12 +249,13 @@ class Reform:
             ]
         return counts
 
-    def _replaced(self) -> Iterator[tuple[int, int]]:
-        """Structures that every change replaces."""
+    def _replaced(self, change: Change) -> Iterator[tuple[int, int]]:
+        """Structures that are replaced."""
         header, metadata = self._metadata.header, self._metadata
         yield header.refcount_table_offset, header.refcount_table_clusters * self._size
         yield header.snapshots_offset, metadata.snapshot_table_bytes
-        yield header.l1_table_offset, header.l1_bytes
+        if not change.in_place:
+            yield header.l1_table_offset, header.l1_bytes
 
     def _old_counts(self, base: int, stop: int) -> Int64Array:
         counts = np.zeros(stop - base, dtype=np.int64)
@@ -298,18 +289,17 @@ class Reform:
                 "the image first",
             )
         highest = int(counts.max(initial=0))
-        if highest > self._geometry.refcount_max:
+        if highest > self._wanted.refcount_max:
             raise RequestError(
                 f"a cluster would be referred to {highest} times, and refcounts of "
-                f"{self._geometry.refcount_bits} bits end at {self._geometry.refcount_max}: wider "
+                f"{self._wanted.refcount_bits} bits end at {self._wanted.refcount_max}: wider "
                 "ones can be had by amend -o refcount_bits"
             )
 
     def _encode(self, counts: Int64Array) -> bytes:
-        per_block = self._geometry.refcounts_per_block
-        full = np.zeros(per_block, dtype=np.uint64)
+        full = np.zeros(self._wanted.refcounts_per_block, dtype=np.uint64)
         full[: len(counts)] = counts.astype(np.uint64)
-        return encode_refcounts(full, self._geometry.refcount_order)
+        return encode_refcounts(full, self._wanted.refcount_order)
 
     def _count_tree(self, delta: Int64Array, tree: Tree, sign: int, base: int, stop: int) -> None:
         """References of a tree: its clusters, and its tables too where they are dropped."""
