@@ -25,6 +25,7 @@ from qcowkit.codecs.qcow2.header import (
     FeatureNames,
     Header,
 )
+from qcowkit.codecs.qcow2.runs import RUNS_NAME, RUNS_TYPE, ContiguousRuns
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.units import MiB, align_up
 
@@ -78,11 +79,9 @@ FEATURE_NAMES: FeatureNames = {
     (FeatureKind.AUTOCLEAR, 0): "bitmaps",
     (FeatureKind.AUTOCLEAR, 1): "raw external data",
 }
-# Named in images that have a record, so that other tools can tell what they clear.
-_RECORD_NAMES: FeatureNames = {
-    **FEATURE_NAMES,
-    (FeatureKind.AUTOCLEAR, Autoclear.DIRTY_TABLES.bit_length() - 1): DIRTY_TABLES_NAME,
-}
+# Named in images that have them, so that other tools can tell what they clear.
+_RECORD_NAME = {(FeatureKind.AUTOCLEAR, Autoclear.DIRTY_TABLES.bit_length() - 1): DIRTY_TABLES_NAME}
+_RUNS_NAME = {(FeatureKind.AUTOCLEAR, Autoclear.CONTIGUOUS_RUNS.bit_length() - 1): RUNS_NAME}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +151,8 @@ class Extension:
 class Extensions:
     """The decoded extensions. `unknown`: all others, in file order and byte for byte.
 
-    feature_names: the image's own table by (kind, bit); empty where it has none. dirty_tables: our
-    record, which holds only while its autoclear bit is set."""
+    feature_names: the image's own table by (kind, bit); empty where it has none. dirty_tables and
+    runs: our record and our map, which hold only while their autoclear bits are set."""
 
     backing_format: str | None = None
     data_file: str | None = None
@@ -161,6 +160,7 @@ class Extensions:
     bitmaps: BitmapsExtension | None = None
     crypto: CryptoExtension | None = None
     dirty_tables: DirtyTables | None = None
+    runs: ContiguousRuns | None = None
     unknown: tuple[Extension, ...] = ()
 
 
@@ -172,10 +172,15 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
     known: dict[int, bytes] = {}
     unknown = []
     record: DirtyTables | None = None
+    runs: ContiguousRuns | None = None
     for offset, item in _iter_extensions(raw, start=start, stop=stop):
         if item.type == DIRTY_TABLES_TYPE and record is None:
             record = DirtyTables.decode(item.data, host_offset=offset + _HEAD.size)
             if record is None:
+                unknown.append(item)
+        elif item.type == RUNS_TYPE and runs is None:
+            runs = ContiguousRuns.decode(item.data)
+            if runs is None:
                 unknown.append(item)
         elif item.type not in _TITLES:
             unknown.append(item)
@@ -193,6 +198,7 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
         bitmaps=None if bitmaps is None else BitmapsExtension.decode(bitmaps),
         crypto=None if crypto is None else CryptoExtension.decode(crypto),
         dirty_tables=record,
+        runs=runs,
         unknown=tuple(unknown),
     )
 
@@ -333,12 +339,18 @@ def _ordered(header: Header, extensions: Extensions) -> Iterator[Extension]:
         yield Extension(type=ExtensionType.CRYPTO, data=extensions.crypto.encode())
     # Small clusters need the room for names.
     if header.version == 3 and header.cluster_size > 4096:
-        names = FEATURE_NAMES if extensions.dirty_tables is None else _RECORD_NAMES
+        names = {
+            **FEATURE_NAMES,
+            **({} if extensions.dirty_tables is None else _RECORD_NAME),
+            **({} if extensions.runs is None else _RUNS_NAME),
+        }
         yield Extension(type=ExtensionType.FEATURE_NAMES, data=encode_feature_names(names))
     if extensions.bitmaps is not None:
         yield Extension(type=ExtensionType.BITMAPS, data=extensions.bitmaps.encode())
     if extensions.dirty_tables is not None:
         yield Extension(type=DIRTY_TABLES_TYPE, data=extensions.dirty_tables.encode())
+    if extensions.runs is not None:
+        yield Extension(type=RUNS_TYPE, data=extensions.runs.encode())
     yield from extensions.unknown
 
 

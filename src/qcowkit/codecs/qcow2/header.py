@@ -60,6 +60,8 @@ class Autoclear(IntFlag):
     DATA_FILE_RAW = 1 << 1
     # Ours: the record of dirty L2 tables holds (codecs/qcow2/dirty_tables.py).
     DIRTY_TABLES = 1 << 62
+    # Ours: the contiguous runs hold (codecs/qcow2/runs.py).
+    CONTIGUOUS_RUNS = 1 << 61
 
 
 class CryptMethod(IntEnum):
