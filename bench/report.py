@@ -116,7 +116,7 @@ def _time_line(row: Result) -> Line:
     if not _is_measured(row):
         return row["title"], "", "", "", *_verdict(row)
     peer = seconds(_median(row["peer"]))
-    if row["peer_command"][0] != "qemu-img":
+    if row["peer_command"][0] == "python":
         peer += " (Python alone)"
     ours = seconds(_median(row["ours"]))
     return row["title"], peer, ours, f"{row['ratio']:.2f}", *_verdict(row)
