@@ -25,6 +25,7 @@ from qcowkit.codecs.qcow2.header import (
     FeatureNames,
     Header,
 )
+from qcowkit.codecs.qcow2.identity import IDENTITY_TYPE, Identity
 from qcowkit.codecs.qcow2.runs import RUNS_NAME, RUNS_TYPE, ContiguousRuns
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.units import MiB, align_up
@@ -152,7 +153,8 @@ class Extensions:
     """The decoded extensions. `unknown`: all others, in file order and byte for byte.
 
     feature_names: the image's own table by (kind, bit); empty where it has none. dirty_tables and
-    runs: our record and our map, which hold only while their autoclear bits are set."""
+    runs: our record and our map, which hold only while their autoclear bits are set. identity: of
+    the image and its backing file, ours as well."""
 
     backing_format: str | None = None
     data_file: str | None = None
@@ -161,6 +163,7 @@ class Extensions:
     crypto: CryptoExtension | None = None
     dirty_tables: DirtyTables | None = None
     runs: ContiguousRuns | None = None
+    identity: Identity | None = None
     unknown: tuple[Extension, ...] = ()
 
 
@@ -173,6 +176,7 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
     unknown = []
     record: DirtyTables | None = None
     runs: ContiguousRuns | None = None
+    identity: Identity | None = None
     for offset, item in _iter_extensions(raw, start=start, stop=stop):
         if item.type == DIRTY_TABLES_TYPE and record is None:
             record = DirtyTables.decode(item.data, host_offset=offset + _HEAD.size)
@@ -181,6 +185,10 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
         elif item.type == RUNS_TYPE and runs is None:
             runs = ContiguousRuns.decode(item.data)
             if runs is None:
+                unknown.append(item)
+        elif item.type == IDENTITY_TYPE and identity is None:
+            identity = Identity.decode(item.data)
+            if identity is None:
                 unknown.append(item)
         elif item.type not in _TITLES:
             unknown.append(item)
@@ -199,6 +207,7 @@ def decode_extensions(raw: bytes, *, start: int, stop: int) -> Extensions:
         crypto=None if crypto is None else CryptoExtension.decode(crypto),
         dirty_tables=record,
         runs=runs,
+        identity=identity,
         unknown=tuple(unknown),
     )
 
@@ -351,6 +360,8 @@ def _ordered(header: Header, extensions: Extensions) -> Iterator[Extension]:
         yield Extension(type=DIRTY_TABLES_TYPE, data=extensions.dirty_tables.encode())
     if extensions.runs is not None:
         yield Extension(type=RUNS_TYPE, data=extensions.runs.encode())
+    if extensions.identity is not None:
+        yield Extension(type=IDENTITY_TYPE, data=extensions.identity.encode())
     yield from extensions.unknown
 
 

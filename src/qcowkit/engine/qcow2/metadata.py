@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.bitmaps import (
@@ -43,6 +44,11 @@ from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, MiB, align_down
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from qcowkit.codecs.qcow2.identity import BackingIdentity
 
 _READ = MiB
 
@@ -88,6 +94,17 @@ class Qcow2Metadata:
             names = (self.extensions.data_file,)
             found.append(Reference(kind=ReferenceKind.DATA, names=names, format="raw"))
         return tuple(found)
+
+    @property
+    def guid(self) -> UUID | None:
+        """Which disk this is, whatever its file is called; None where the image does not say."""
+        return None if self.extensions.identity is None else self.extensions.identity.guid
+
+    @property
+    def backing_identity(self) -> BackingIdentity | None:
+        """Which disk the backing file has to be; None where that is not recorded for its name."""
+        identity = self.extensions.identity
+        return None if identity is None else identity.backing_of(self.backing_name)
 
     @property
     def encrypted(self) -> str | None:
