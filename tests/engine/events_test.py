@@ -8,6 +8,7 @@ from pathlib import Path
 import qcowkit
 from qcowkit.engine.events import (
     QCOW2_BARRIERS,
+    QCOW2_BITMAP_BARRIERS,
     QCOW2_FIRST_CLUSTER_BARRIERS,
     QCOW2_RECOVERY_BARRIERS,
     QCOW2_REFORM_BARRIERS,
@@ -30,6 +31,7 @@ def used(method: str) -> set[str]:
 def test_every_barrier_of_the_engine_is_listed_and_every_listed_one_is_there() -> None:
     listed = {
         *QCOW2_BARRIERS,
+        *QCOW2_BITMAP_BARRIERS,
         *QCOW2_FIRST_CLUSTER_BARRIERS,
         *QCOW2_RECOVERY_BARRIERS,
         *QCOW2_REFORM_BARRIERS,

@@ -33,6 +33,9 @@ QCOW2_RECOVERY_BARRIERS = (
     "recovery: refcount table switched",
 )
 
+# Of bitmaps that record what changes; docs/adr/0017.
+QCOW2_BITMAP_BARRIERS = ("bitmaps in use before the first change",)
+
 # Of a change of all metadata by one switch (docs/adr/0014).
 QCOW2_REFORM_BARRIERS = (
     "new metadata before their switch",

@@ -12,7 +12,7 @@ from qcowkit.engine.qcow2.disk import Qcow2Disk
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.engine.qcow2.state import Places
-from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
+from qcowkit.errors import CorruptMetadata, UnsupportedFeature
 from qcowkit.image.protocol import Below
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.storage.protocol import Storage
@@ -25,8 +25,10 @@ class WritableQcow2Image(Qcow2Image):
     """The active disk of a qcow2 file. See `WritableImage`. An image that was left dirty is made
     sound first.
 
-    Raises CorruptMetadata for an image with its corrupt bit set, RequestError for one with
-    bitmaps that would have to be kept up to date, and what `recover_for_writing` raises."""
+    Enabled bitmaps record every change. Raises CorruptMetadata for an image with its corrupt bit
+    set or a malformed bitmap, and what `recover_for_writing` raises."""
+
+    reads_runs = False
 
     def __init__(
         self,
@@ -61,7 +63,9 @@ class WritableQcow2Image(Qcow2Image):
             mapping=self.mapping,
             cipher=self.cipher,
         )
-        self.disk = Qcow2Disk(places, self.clusters, options=options, observe=observe)
+        self.disk = Qcow2Disk(
+            places, self.clusters, options=options, observe=observe, budget=budget
+        )
 
     @property
     def releases(self) -> int:
@@ -126,11 +130,4 @@ def _check_writable(metadata: Qcow2Metadata) -> None:
             host_offset=72,
             reason="the corrupt bit is set: the image can be read, but has to be repaired "
             "(check -r all) before anything is written",
-        )
-    tracked = [one for one in metadata.bitmaps if one.auto and not one.in_use]
-    if tracked:
-        names = ", ".join(ascii(one.name) for one in tracked)
-        raise RequestError(
-            f"the image has enabled bitmaps ({names}), which would have to "
-            "record every change; writing beside them is not supported yet"
         )

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from qcowkit.budget import TRUSTED, Budget
 from qcowkit.engine.barriers import Barriers, Observer, ignore_event
 from qcowkit.engine.options import OpenOptions
+from qcowkit.engine.qcow2.bitmap_tracking import LiveBitmaps
 from qcowkit.engine.qcow2.clusters import ClusterReader
 from qcowkit.engine.qcow2.erase import Eraser
 from qcowkit.engine.qcow2.old_content import Below, OldContent
@@ -22,6 +24,7 @@ from qcowkit.engine.qcow2.write import Writer
 from qcowkit.engine.qcow2.write_compressed import CompressedWriter
 from qcowkit.engine.ranges import check_range
 from qcowkit.errors import CorruptMetadata
+from qcowkit.extents.bits import GranuleBits
 
 
 class Qcow2Disk:
@@ -35,22 +38,14 @@ class Qcow2Disk:
         *,
         options: OpenOptions,
         observe: Observer = ignore_event,
+        budget: Budget = TRUSTED,
     ) -> None:
-        """observe: told of barriers and metadata steps by name, before they happen."""
-        files = [places.storage]
-        if places.data is not places.storage:
-            # Data first: what is durable in the tables must be durable there before.
-            files.insert(0, places.data)
-        table = load_refcount_table(places.storage, places.metadata)
-        check_blocks(table, place=places.metadata.header.refcount_table_offset)
-        state = WriteState(
-            places,
-            table=native_words(table.astype(">u8").tobytes()),
-            guard=make_guard(places, table, options),
-            barriers=Barriers(*files, observe=observe),
-            options=options,
-        )
-        self.state = state
+        """observe: told of barriers and metadata steps by name, before they happen. budget: of the
+        bitmaps in memory."""
+        self.state = state = open_state(places, options=options, observe=observe)
+        self._bitmaps = LiveBitmaps(state, budget=budget)
+        # The marks of every write, if there are any to make.
+        self._recording = self._bitmaps.recording
         self._old = OldContent(state, clusters)
         self._writer = Writer(state, self._old)
         self._eraser = Eraser(state, self._writer, self._old)
@@ -81,38 +76,43 @@ class Qcow2Disk:
                 self._check(offset, len(data))
             # Whoever watches the steps wants to see those of every write.
             watched = self._barriers.observe is not ignore_event
+            if self._recording and self._ready:
+                self._bitmaps.mark(start=offset, length=len(data))
             if self._ready and not watched and self._small(data, offset):
                 if self._cache.crowded:
                     with self._change():
                         self.state.settle()
                 return
-            with self._change():
+            with self._change(offset, len(data)):
                 self._writer.write(data, offset=offset)
 
     def write_compressed(self, data: memoryview, *, offset: int) -> None:
         """Whole clusters, compressed."""
-        with self._lock, self._change():
-            self._check(offset, len(data))
+        with self._lock, self._change(offset, len(data)):
             writer = self._compressed or CompressedWriter(self.state, self._writer)
             writer.write(data, offset=offset)
 
     def write_zeroes(self, *, offset: int, length: int, unmap: bool, fallback: bool) -> None:
         """Zeros, by entries where that can be."""
-        with self._lock, self._change():
-            self._check(offset, length)
+        with self._lock, self._change(offset, length):
             self._eraser.write_zeroes(offset, length, unmap=unmap, fallback=fallback)
 
     def discard(self, *, offset: int, length: int) -> None:
         """Whole clusters given up."""
-        with self._lock, self._change():
-            self._check(offset, length)
+        with self._lock, self._change(offset, length):
             self._eraser.discard(offset, length)
 
     def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
         """Another size of the disk, in bytes."""
         with self._lock, self._change():
-            self._resizer.resize(size, shrink=shrink, preallocation=preallocation)
-            self.state.resize_caches()
+            before = self._mapping.size
+            self._resizer.check(size, shrink=shrink, preallocation=preallocation)
+            self._bitmaps.begin_resize(size)
+            try:
+                self._resizer.resize(size, shrink=shrink, preallocation=preallocation)
+                self.state.resize_caches()
+            finally:
+                self._bitmaps.end_resize(before)
 
     def flush(self) -> None:
         """All that was acknowledged is durable."""
@@ -128,6 +128,7 @@ class Qcow2Disk:
             if self.state.broken is None:
                 with self._guarded():
                     self.state.close()
+                    self._bitmaps.close()
             elif self.state.staged:
                 # What was acknowledged and not flushed is lost, and must not be lost in silence.
                 raise self.state.broken
@@ -141,10 +142,20 @@ class Qcow2Disk:
     def _check(self, offset: int, length: int) -> None:
         check_range(start=offset, length=length, size=self._mapping.size)
 
+    def bitmap(self, name: str) -> GranuleBits:
+        """What a bitmap says now. Raises RequestError where there is no such, or an inconsistent
+        one."""
+        with self._lock:
+            return self._bitmaps.copy_of(name)
+
     @contextmanager
-    def _change(self) -> Iterator[None]:
+    def _change(self, offset: int = 0, length: int = 0) -> Iterator[None]:
+        """Around a change of [offset, offset + length), which is marked before it is made."""
         with self._guarded():
             self.state.begin()
+            self._check(offset, length)
+            self._bitmaps.begin()
+            self._bitmaps.mark(start=offset, length=length)
             self._ready = True
             yield
 
@@ -160,6 +171,27 @@ class Qcow2Disk:
         finally:
             if self.state.barriers.failed:
                 self._ready = False
+
+
+def open_state(
+    places: Places, *, options: OpenOptions, observe: Observer = ignore_event
+) -> WriteState:
+    """What a writer of an image needs. observe: told of barriers and metadata steps by name.
+
+    Raises CorruptMetadata for a malformed refcount table, RequestError for unknown options."""
+    files = [places.storage]
+    if places.data is not places.storage:
+        # Data first: what is durable in the tables must be durable there before.
+        files.insert(0, places.data)
+    table = load_refcount_table(places.storage, places.metadata)
+    check_blocks(table, place=places.metadata.header.refcount_table_offset)
+    return WriteState(
+        places,
+        table=native_words(table.astype(">u8").tobytes()),
+        guard=make_guard(places, table, options),
+        barriers=Barriers(*files, observe=observe),
+        options=options,
+    )
 
 
 def make_guard(

@@ -38,9 +38,8 @@ class Resizer:
         self._size = state.geometry.cluster_size
 
     def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
-        """See `WritableImage.resize`. Whatever is refused is refused before anything changes."""
+        """See `WritableImage.resize`; `check` was asked before."""
         before = self._state.mapping.size
-        self._check(size, before, shrink=shrink, preallocation=preallocation)
         if size > before:
             if self._state.metadata.data_file_raw and preallocation == "off":
                 # Others may write the data file as the raw disk that it is: all of it is mapped.
@@ -49,8 +48,9 @@ class Resizer:
         elif size < before:
             self._shrink(before, size)
 
-    def _check(self, size: int, before: int, *, shrink: bool, preallocation: str) -> None:
-        state = self._state
+    def check(self, size: int, *, shrink: bool, preallocation: str) -> None:
+        """Raise RequestError for what is refused, before anything changes."""
+        state, before = self._state, self._state.mapping.size
         if preallocation not in get_args(Preallocation):
             known = ", ".join(get_args(Preallocation))
             raise RequestError(f"preallocation {preallocation!r} is unknown; known are {known}")
@@ -60,10 +60,6 @@ class Resizer:
             limit = MAX_L1_BYTES // 8 * self._geometry.l2_coverage
             raise RequestError(
                 f"size {size} is above {limit}, the most that clusters of {self._size} bytes can do"
-            )
-        if state.metadata.bitmaps:
-            raise RequestError(
-                "the image has persistent bitmaps, which cannot be resized yet: remove them first"
             )
         if size < before:
             self._check_shrink(size, before, shrink=shrink, preallocation=preallocation)

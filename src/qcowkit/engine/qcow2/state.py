@@ -465,6 +465,19 @@ class WriteState:
         part = array("Q", self.tables.l1[begin // 8 : end // 8].tobytes())
         return encode_words(part, 0, end - begin)
 
+    def release(self) -> None:
+        """Give back what nothing durable refers to any more; all of it is durable afterwards."""
+        self._release()
+        # With lazy refcounts as well: what is counted here is no part of a promise.
+        self.store_refcounts()
+        self.barriers.wait("flush")
+
+    def adopt(self, metadata: Qcow2Metadata) -> None:
+        """The first cluster was written anew, while the image was not dirty: what it says now."""
+        self.metadata = metadata
+        self.header.header = metadata.header
+        self._record = self._find_record()
+
     def _release(self) -> None:
         """Nothing durable refers to the clusters in quarantine any more."""
         if not self.allocator.quarantined:

@@ -1,0 +1,254 @@
+"""Persistent bitmaps of an image: their bits read, and all of them replaced by one switch.
+
+What changes is written anew beside what is there: bits, tables, a directory. Then the header's
+extension leads to the new directory, and only after that the old one is given up. Marking bitmaps
+as in use is the one change in place (docs/adr/0017)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcowkit.budget import Budget
+from qcowkit.codecs.qcow2.bitmaps import (
+    MAX_BITMAP_BYTES,
+    BitmapEntry,
+    BitmapFlag,
+    encode_bitmap_directory,
+)
+from qcowkit.codecs.qcow2.bitmaps_data import ALL_ONES, bitmap_offsets
+from qcowkit.codecs.qcow2.extensions import BitmapsExtension
+from qcowkit.codecs.qcow2.geometry import Geometry
+from qcowkit.codecs.qcow2.header import Autoclear
+from qcowkit.engine.qcow2.first_cluster import rewrite_first_cluster
+from qcowkit.engine.qcow2.metadata import load_bitmap_table
+from qcowkit.engine.qcow2.state import WriteState
+from qcowkit.errors import CorruptMetadata, RequestError
+from qcowkit.extents.bits import GranuleBits
+from qcowkit.extents.table import Int64Array
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import ceil_div
+
+# Clusters of bits that are written by one call.
+_TOGETHER = 256
+
+# (first, count) of host clusters.
+_Run = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredBitmap:
+    """A bitmap as it is to be stored. bits: None leaves table and bits as they are in the file."""
+
+    entry: BitmapEntry
+    bits: GranuleBits | None = None
+
+
+def find_bitmap(entries: Iterable[BitmapEntry], name: str) -> BitmapEntry:
+    """The bitmap of that name. Raises RequestError where there is none."""
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise RequestError(f"there is no bitmap {name!r}")
+
+
+def require_consistent(entry: BitmapEntry) -> None:
+    """Raise RequestError for a bitmap whose content means nothing."""
+    if entry.in_use:
+        raise RequestError(
+            f"bitmap {entry.name!r} is inconsistent: its last writer has not closed the image; "
+            "it can only be removed"
+        )
+
+
+def load_bits(
+    storage: Storage, entry: BitmapEntry, *, geometry: Geometry, size: int, budget: Budget
+) -> GranuleBits:
+    """The bits of a consistent bitmap. size: guest bytes of the disk.
+
+    Raises RequestError for an inconsistent one, CorruptMetadata, BudgetExceeded, StorageError."""
+    require_consistent(entry)
+    bits = GranuleBits(size=0, granularity_bits=entry.granularity_bits)
+    needed = ceil_div(ceil_div(size, entry.granularity), 8)
+    budget.spend("bitmap bytes", value=needed, limit=budget.metadata_bytes)
+    bits.resize(size)
+    cluster, file_size = geometry.cluster_size, storage.size()
+    words = load_bitmap_table(storage, entry, geometry=geometry)
+    for index, word in enumerate(words[: ceil_div(needed, cluster)]):
+        if word == ALL_ONES:
+            bits.load(b"\xff" * cluster, offset=index * cluster)
+        elif word >= file_size:
+            raise CorruptMetadata(
+                "bitmap table",
+                host_offset=entry.table_offset,
+                index=index,
+                reason=f"offset {word:#x} lies behind the end of the file at {file_size:#x}",
+            )
+        elif word:
+            bits.load(storage.pread(cluster, offset=word), offset=index * cluster)
+    return bits
+
+
+def check_bitmap_size(name: str, *, size: int, granularity: int) -> None:
+    """Raise RequestError where a bitmap of a disk of `size` bytes would have too many bits."""
+    needed = ceil_div(ceil_div(size, granularity), 8)
+    if needed > MAX_BITMAP_BYTES:
+        raise RequestError(
+            f"bitmap {name!r} with a granularity of {granularity} bytes would take {needed} bytes "
+            f"for a disk of {size}, expected at most {MAX_BITMAP_BYTES}"
+        )
+
+
+class BitmapStore:
+    """The bitmaps of an image that is open for writing. The caller holds its lock.
+
+    Methods raise StorageError, CorruptMetadata and RequestError; the file then has all bitmaps as
+    they were before."""
+
+    def __init__(self, state: WriteState) -> None:
+        self._state = state
+        self._size = state.geometry.cluster_size
+
+    @property
+    def entries(self) -> tuple[BitmapEntry, ...]:
+        """The directory, as the file has it."""
+        return self._state.metadata.bitmaps
+
+    def load(self, entry: BitmapEntry, *, size: int, budget: Budget) -> GranuleBits:
+        """See `load_bits`."""
+        state = self._state
+        return load_bits(state.storage, entry, geometry=state.geometry, size=size, budget=budget)
+
+    def mark_in_use(self, names: Collection[str]) -> None:
+        """Whoever opens the image after a crash takes these bitmaps for inconsistent; durable.
+
+        Flags alone change, each within a sector, so any part of this write is a sound directory."""
+        state, extension = self._state, self._state.metadata.extensions.bitmaps
+        assert extension is not None
+        entries = tuple(
+            replace(one, flags=one.flags | BitmapFlag.IN_USE) if one.name in names else one
+            for one in self.entries
+        )
+        raw = encode_bitmap_directory(entries)
+        assert len(raw) == extension.directory_size
+        state.barriers.pending = True
+        state.storage.pwrite([raw], offset=extension.directory_offset)
+        state.barriers.wait("bitmaps in use before the first change")
+        state.metadata = replace(state.metadata, bitmaps=entries)
+
+    def replace(self, items: Sequence[StoredBitmap]) -> None:
+        """All bitmaps are these from now on; durable. Nothing of the mapping is staged."""
+        state = self._state
+        old = self._old_clusters({one.entry.table_offset for one in items if one.bits is None})
+        grants: list[_Run] = []
+        try:
+            entries = [self._write_bitmap(one, grants) for one in items]
+            extension = self._write_directory(entries, grants) if entries else None
+            state.store_refcounts()
+        except BaseException:
+            for first, count in grants:
+                state.allocator.free(first, count, punch=False)
+            raise
+        # Whatever ends this early may leak one of the two, and never gives away what is in use.
+        self._switch(extension)
+        for first, count in old:
+            state.allocator.free(first, count, punch=state.options.pass_discard_other)
+        state.release()
+
+    def _switch(self, extension: BitmapsExtension | None) -> None:
+        state = self._state
+        header, found = state.header.header, state.metadata.extensions
+        features = header.autoclear_features & ~Autoclear.BITMAPS
+        if extension is not None:
+            features |= Autoclear.BITMAPS
+        after = rewrite_first_cluster(
+            state.storage,
+            state.metadata,
+            barriers=state.barriers,
+            header=replace(header, autoclear_features=int(features)),
+            extensions=replace(found, bitmaps=extension),
+        )
+        state.adopt(after)
+
+    # What is there
+
+    def _old_clusters(self, kept: set[int]) -> list[_Run]:
+        """The host clusters that nothing leads to after a switch. kept: tables that stay."""
+        state, extension = self._state, self._state.metadata.extensions.bitmaps
+        if not self.entries or extension is None:
+            return []
+        found = [self._clusters_of(one) for one in self.entries if one.table_offset not in kept]
+        clusters = np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+        state.guard.check_many(clusters)
+        directory = extension.directory_offset // self._size
+        runs = [(directory, ceil_div(extension.directory_size, self._size))]
+        return runs + [(cluster, 1) for cluster in clusters.tolist()]
+
+    def _clusters_of(self, entry: BitmapEntry) -> Int64Array:
+        """The clusters of one bitmap; none where its table is malformed: they leak then."""
+        state = self._state
+        try:
+            table = load_bitmap_table(state.storage, entry, geometry=state.geometry)
+        except CorruptMetadata:
+            return np.empty(0, dtype=np.int64)
+        offsets = bitmap_offsets(np.frombuffer(table, dtype=np.uint64))
+        first = entry.table_offset // self._size
+        own = np.arange(first, first + ceil_div(entry.table_bytes, self._size), dtype=np.int64)
+        return np.concatenate((offsets[offsets > 0] // self._size, own))
+
+    # What is new
+
+    def _write_bitmap(self, item: StoredBitmap, grants: list[_Run]) -> BitmapEntry:
+        if item.bits is None:
+            return item.entry
+        words = self._write_bits(item.bits, grants)
+        raw = words.tobytes()
+        place = self._write_run(raw, grants)
+        return replace(item.entry, table_offset=place, table_entries=len(words))
+
+    def _write_bits(
+        self, bits: GranuleBits, grants: list[_Run]
+    ) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """Clusters with set bits; returns the table, as it lies in the file."""
+        state, size, raw = self._state, self._size, bits.raw
+        count = max(1, ceil_div(len(raw), size))
+        words = np.zeros(count, dtype=">u8")
+        if not len(raw):
+            return words
+        used = np.flatnonzero(np.logical_or.reduceat(raw, np.arange(0, len(raw), size)))
+        while len(used):
+            grant = state.allocator.allocate(min(len(used), _TOGETHER))
+            grants.append((grant.first, grant.count))
+            now, used = used[: grant.count], used[grant.count :]
+            pieces = [raw[index * size : (index + 1) * size].tobytes() for index in now.tolist()]
+            pieces[-1] = pieces[-1].ljust(size, b"\0")
+            state.barriers.pending = True
+            state.storage.pwrite(pieces, offset=grant.first * size)
+            words[now] = (grant.first + np.arange(grant.count)) * size
+        return words
+
+    def _write_directory(
+        self, entries: Sequence[BitmapEntry], grants: list[_Run]
+    ) -> BitmapsExtension:
+        raw = encode_bitmap_directory(entries)
+        place = self._write_run(raw, grants)
+        self._state.guard.note(
+            "bitmap-directory", first=place // self._size, count=ceil_div(len(raw), self._size)
+        )
+        return BitmapsExtension(
+            bitmap_count=len(entries), directory_size=len(raw), directory_offset=place
+        )
+
+    def _write_run(self, raw: bytes, grants: list[_Run]) -> int:
+        """Put bytes into clusters of their own, one behind the other; the host offset."""
+        state, count = self._state, ceil_div(len(raw), self._size)
+        if count == 1:
+            first = state.allocator.allocate(1).first
+        else:
+            first = state.allocator.allocate_run(count)
+        grants.append((first, count))
+        state.barriers.pending = True
+        state.storage.pwrite([raw.ljust(count * self._size, b"\0")], offset=first * self._size)
+        return first * self._size
