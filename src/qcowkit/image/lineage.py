@@ -6,7 +6,7 @@ offending file is read. Reliability reference, section 2, rows 45 and 53."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ def open_layers(
     gate: ReferenceGate,
     budget: Budget,
     writable: bool = False,
+    writable_below: Collection[int] = (),
     follow_backing: bool = True,
     follow_data: bool = True,
     directory: Path | None = None,
@@ -65,10 +66,11 @@ def open_layers(
     """Open the image and what it names, top first; `close_layers` closes them.
 
     source: a path, or a storage that this call takes over, also when it fails. format: of the top;
-    probed if None. writable: the top and its data file; the layers below are only read. directory:
-    where the names of a top without a path begin. locking: auto goes on where the host takes no
-    locks, on refuses, off takes none. force_share: read what others write. Raises any QcowkitError,
-    ImageBusy where a file is in use; nothing stays open then."""
+    probed if None. writable: the top and its data file. writable_below: depths of layers below that
+    are changed too, all others are only read. directory: where the names of a top without a path
+    begin. locking: auto goes on where the host takes no locks, on refuses, off takes none.
+    force_share: read what others write. Raises any QcowkitError, ImageBusy where a file is in use;
+    nothing stays open then."""
     storage: Storage
     if isinstance(source, (str, os.PathLike)):
         storage = FileStorage.open(source, writable=writable)
@@ -82,6 +84,7 @@ def open_layers(
         top_directory=directory,
         locking=locking,
         force_share=force_share,
+        writable_below=writable_below,
     )
     with ExitStack() as stack:
         walk.stack = stack
@@ -122,6 +125,7 @@ class _Walk:
     top_directory: Path | None
     locking: LockMode
     force_share: bool
+    writable_below: Collection[int] = ()
     stack: ExitStack = field(default_factory=ExitStack)
     seen: dict[object, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
@@ -141,14 +145,22 @@ class _Walk:
         while follow_backing and (reference := _backing(layer.metadata)) is not None:
             depth = len(self.layers) + 1
             self.budget.spend("backing chain layers", value=depth, limit=self.budget.depth)
-            below = self.gate.admit(reference, directory=self._directory(layer, reference))
+            changed = len(self.layers) in self.writable_below
+            directory = self._directory(layer, reference)
+            below = self.gate.admit(reference, directory=directory, writable=changed)
             self._hold(below, reference)
             above = layer.metadata
             layer = self._load(
-                below, Path(below.path), format=reference.format, reference=reference
+                below,
+                Path(below.path),
+                format=reference.format,
+                reference=reference,
+                writable=changed,
             )
             if reference.kind is ReferenceKind.PARENT:
                 self._match_parent(above, layer, reference)
+            written = writable if len(self.layers) == 2 else len(self.layers) - 2 in changes
+            self._match_backing(above, layer, reference, written=written)
 
     def _hold(self, storage: Storage, reference: Reference | None = None) -> None:
         """Close it if the walk fails; refuse a file that is in the chain already."""

@@ -1,0 +1,99 @@
+"""`qcow commit`: what it does, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.command import qcow
+
+
+def make(folder: Path, *, size: str = "4M") -> tuple[Path, Path]:
+    """A raw base full of ones, and an overlay that has two in its second MiB."""
+    base, top = folder / "base.raw", folder / "top.qcow2"
+    base.write_bytes(b"\1" * (4 << 20))
+    qcow("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", top, size)
+    qcow("io", "-c", "write -q -P 2 1M 1M", top)
+    return base, top
+
+
+def test_the_backing_file_gets_the_data_and_the_overlay_is_empty(tmp_path: Path) -> None:
+    base, top = make(tmp_path)
+    done = qcow("commit", top)
+    assert done.out.decode().splitlines() == [
+        f"{base}: 1 MiB of data and 0 B of zeros committed",
+        "the overlay is empty now",
+    ]
+    assert base.read_bytes() == b"\1" * (1 << 20) + b"\2" * (1 << 20) + b"\1" * (2 << 20)
+    assert {one["depth"] for one in qcow("map", "--output=json", top).json()} == {1}
+    qcow("check", top)
+
+
+def test_d_leaves_the_overlay_as_it_is(tmp_path: Path) -> None:
+    base, top = make(tmp_path)
+    before = top.read_bytes()
+    done = qcow("commit", "-d", top)
+    assert done.out.decode().splitlines()[-1] == "the overlay was left as it is"
+    assert top.read_bytes() == before
+    assert base.read_bytes()[1 << 20] == 2
+
+
+def test_quiet_says_nothing(tmp_path: Path) -> None:
+    _, top = make(tmp_path)
+    done = qcow("commit", "-q", "-t", "none", "-r", "1G", top)
+    assert (done.out, done.err) == (b"", "")
+
+
+def test_a_smaller_base_is_grown(tmp_path: Path) -> None:
+    base, top = make(tmp_path, size="6M")
+    done = qcow("commit", top)
+    assert f"{base}: grown from 4 MiB to 6 MiB" in done.out.decode()
+    assert base.stat().st_size == 6 << 20
+
+
+@pytest.mark.parametrize("spelling", ["name", "path"])
+def test_a_deeper_base_is_named_as_the_chain_does_or_by_its_path(
+    tmp_path: Path, spelling: str
+) -> None:
+    base, middle = make(tmp_path)
+    top = tmp_path / "third.qcow2"
+    qcow("create", "-q", "-f", "qcow2", "-b", middle.name, "-F", "qcow2", top)
+    qcow("io", "-c", "write -q -P 3 3M 1M", top)
+    done = qcow("commit", "-b", base.name if spelling == "name" else base, top)
+    assert done.out.decode().splitlines()[0] == f"{base}: 2 MiB of data and 0 B of zeros committed"
+    assert done.out.decode().splitlines()[-1] == "the overlay was left as it is"
+    assert base.read_bytes()[3 << 20] == 3
+    assert base.read_bytes()[1 << 20] == 2
+
+
+def test_a_base_outside_of_the_chain_is_refused(tmp_path: Path) -> None:
+    _, top = make(tmp_path)
+    done = qcow("commit", "-b", "other.raw", top, code=1)
+    assert done.err.strip() == f"qcow commit: other.raw: is not in the backing chain of {top}"
+
+
+def test_an_image_without_a_backing_file_is_refused(tmp_path: Path) -> None:
+    top = tmp_path / "alone.qcow2"
+    qcow("create", "-q", "-f", "qcow2", top, "1M")
+    done = qcow("commit", top, code=1)
+    assert "has no backing file that it could be committed into" in done.err
+
+
+def test_sharing_is_refused(tmp_path: Path) -> None:
+    _, top = make(tmp_path)
+    done = qcow("commit", "-U", top, code=1)
+    assert "images that another process uses must not be changed" in done.err
+
+
+def test_a_base_outside_of_its_directory_is_not_written(tmp_path: Path) -> None:
+    base, top = make(tmp_path)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    moved = inner / "top.qcow2"
+    qcow("create", "-q", "-u", "-f", "qcow2", "-b", "../base.raw", "-F", "raw", moved, "4M")
+    before = base.read_bytes()
+    done = qcow("commit", moved, code=1)
+    assert "not admitted" in done.err
+    assert base.read_bytes() == before
+    qcow("commit", "--allow", tmp_path, moved)
