@@ -95,6 +95,7 @@ def test_a_snapshot_is_opened_in_place_of_the_disk(tmp_path: Path) -> None:
             assert chain.read(offset=0, length=1) == b"s"
 
 
+@pytest.mark.pinned("clusters of 4 KiB, and snapshots")
 def test_a_snapshot_is_a_disk_over_the_files_of_another_that_is_being_written(
     tmp_path: Path,
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_snapshot_is_a_disk_over_the_files_of_another_that_is_being_written(
             chain.snapshot("new")
 
 
+@pytest.mark.pinned("snapshots", "data_file", "refcount_bits=1")
 def test_an_encrypted_snapshot_needs_no_second_passphrase(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     values: dict[str, OptionValue] = {

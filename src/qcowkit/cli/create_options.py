@@ -115,6 +115,11 @@ _QCOW2 = (
     OptionSpec(
         name="compression_type", choices=("zlib", "zstd"), help="zlib (the default) or zstd"
     ),
+    OptionSpec(
+        name="contiguous_runs",
+        kind=OptionKind.BOOL,
+        help="record what lies in one piece, so that readers need no L2 tables for it",
+    ),
     OptionSpec(name="data_file", help="keep the guest's data in this file"),
     OptionSpec(
         name="data_file_raw", kind=OptionKind.BOOL, help="the data file is a raw disk of its own"

@@ -9,6 +9,7 @@ import numpy as np
 
 from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.entries import EntryRules
+from qcowkit.codecs.qcow2.runs import ContiguousRuns
 from qcowkit.engine.holes import load_host_data, mark_holes
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
 from qcowkit.engine.qcow2.cache_sizes import (
@@ -21,6 +22,7 @@ from qcowkit.engine.qcow2.crypt import open_cipher
 from qcowkit.engine.qcow2.mapping import Mapping
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import holds_unwritten_clusters
+from qcowkit.engine.qcow2.runs import RunMapping, usable_runs
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
 from qcowkit.engine.ranges import check_range
 from qcowkit.errors import RequestError
@@ -36,7 +38,9 @@ class Qcow2Image:
 
     secret: the passphrase where the content is encrypted. owner: the image whose files and key are
     used, and which closes them. Raises RequestError for an unknown snapshot, and for a passphrase
-    that is missing or wrong."""
+    that is missing or wrong. reads_runs: whether the record of contiguous runs may be believed."""
+
+    reads_runs = True
 
     def __init__(
         self,
@@ -56,7 +60,11 @@ class Qcow2Image:
         self.storage = storage
         self.data_storage = data_storage or storage
         self.cluster_size = metadata.geometry.cluster_size
-        self.mapping = _open_mapping(metadata, storage, budget, snapshot, options)
+        # A writer changes the tables; a snapshot's are not those that the runs are of.
+        runs = None
+        if self.reads_runs and snapshot is None:
+            runs = usable_runs(metadata, data_size=self.data_storage.size())
+        self.mapping = _open_mapping(metadata, storage, budget, snapshot, options, runs)
         self.size = self.mapping.size
         self._budget, self._options, self._owner = budget, options, owner
         if owner is None:
@@ -165,6 +173,7 @@ def _open_mapping(
     budget: Budget,
     snapshot: str | None,
     options: OpenOptions,
+    runs: ContiguousRuns | None,
 ) -> Mapping:
     geometry, header = metadata.geometry, metadata.header
     file_size = storage.size()
@@ -198,4 +207,6 @@ def _open_mapping(
         cache_bytes=sizes.l2_bytes,
         whole=sizes.l2_bytes >= full_l2_bytes(geometry, virtual_size=size),
     )
+    if runs is not None:
+        return RunMapping(tables=tables, rules=rules, size=size, runs=runs)
     return Mapping(tables=tables, rules=rules, size=size)

@@ -252,6 +252,7 @@ def qcow2_spec(options: CreateOptions, *, size: int) -> Qcow2Spec:
         data_file=options.text("data_file"),
         data_file_raw=bool(values.get("data_file_raw", False)),
         encryption=qcow2_encryption(values),
+        contiguous_runs=bool(values.get("contiguous_runs", False)),
     )
 
 
@@ -314,6 +315,7 @@ def _qcow2_values(spec: Qcow2Spec) -> dict[str, OptionValue]:
         "data_file_raw": spec.data_file_raw or None,
         **_encryption_values(spec.encryption),
         "preallocation": None if spec.preallocation == "off" else spec.preallocation,
+        "contiguous_runs": spec.contiguous_runs or None,
     }
     return {key: value for key, value in values.items() if value is not None}
 

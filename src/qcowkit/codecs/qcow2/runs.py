@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+from qcowkit.errors import RequestError
 from qcowkit.units import INT64_MAX
 
 # "qkru"
@@ -20,8 +21,11 @@ RUNS_TYPE = 0x716B7275
 RUNS_NAME = "contiguous runs"
 VERSION = 1
 MAX_RUNS = 64
+# What the first cluster has beside runs, generously: header, feature names, names of files.
+OTHER_BYTES = 3072
 _HEAD = struct.Struct(">BBHI")
 _RUN = struct.Struct(">QQQ")
+RUN_BYTES = _RUN.size
 
 
 class Run(NamedTuple):
@@ -96,3 +100,14 @@ def _in_order(runs: Sequence[Run]) -> bool:
             return False
         end = run.start + run.length
     return True
+
+
+def check_runs_fit(*, version: int, cluster_size: int) -> None:
+    """Raise RequestError for an image that cannot have a record of runs."""
+    if version < 3:
+        raise RequestError("contiguous_runs needs compat=1.1, found compat=0.10")
+    if cluster_size < OTHER_BYTES + RUN_BYTES:
+        raise RequestError(
+            f"contiguous_runs needs clusters of 4096 bytes at least, found {cluster_size}: the "
+            "first one has no room for them"
+        )

@@ -21,7 +21,9 @@ from qcowkit.engine.crypt import EncryptedWrite
 from qcowkit.engine.luks.format import NewCrypt
 from qcowkit.engine.qcow2.l2_writer import L2Writer
 from qcowkit.engine.qcow2.layout import Layout
+from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.engine.qcow2.refcount_writer import RefcountWriter
+from qcowkit.engine.qcow2.runs import runs_of_disk, with_runs
 from qcowkit.engine.qcow2.spec import Qcow2Spec
 from qcowkit.engine.transfer import MAX_DIRECT, Blob, Chunk, UnitState, Write
 from qcowkit.storage.protocol import Storage
@@ -177,6 +179,17 @@ class Qcow2BulkWriter:
             self._storage.pwrite([area], offset=layout.crypto_offset)
             crypto = CryptoExtension(offset=layout.crypto_offset, length=len(area))
         extensions = self._spec.extensions(crypto=crypto)
+        raw = encode_first_cluster(header, extensions, self._spec.backing_name)
+        self._storage.pwrite([raw], offset=0)
+        if self._spec.contiguous_runs:
+            self._record_runs()
+
+    def _record_runs(self) -> None:
+        """The same again, with what the finished tables say."""
+        metadata = load_qcow2_metadata(self._storage)
+        header, extensions = with_runs(
+            metadata.header, metadata.extensions, runs_of_disk(self._storage, metadata)
+        )
         raw = encode_first_cluster(header, extensions, self._spec.backing_name)
         self._storage.pwrite([raw], offset=0)
 

@@ -15,6 +15,7 @@ from qcowkit.engine.qcow2.counting import Counting
 from qcowkit.engine.qcow2.l2_audit import Links, Reporter
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.references import TableSet, survey
+from qcowkit.engine.qcow2.runs import RunAudit, usable_runs
 from qcowkit.engine.qcow2.verdicts import (
     check_l1_flags,
     check_shared,
@@ -24,6 +25,7 @@ from qcowkit.engine.qcow2.verdicts import (
 )
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
+from qcowkit.units import INT64_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,25 @@ class Recount(Counting):
     """A counting whose findings are written into the log. `statistics`: when it has run."""
 
     allocated = fragmented = compressed = image_end = 0
+    runs: RunAudit | None = None
+
+    def run(self) -> None:
+        """Count, and compare the record of contiguous runs with what was seen."""
+        found = usable_runs(self.metadata, data_size=self._data_size)
+        if found is not None:
+            self.runs = RunAudit(
+                found,
+                cluster_size=self.geometry.cluster_size,
+                l2_entries=self.geometry.l2_entries,
+            )
+        super().run()
+        if self.runs is not None:
+            self.runs.report(self.log)
+
+    @property
+    def _data_size(self) -> int:
+        """Of an external data file nothing is known here."""
+        return INT64_MAX if self.metadata.data_file else self.storage.size()
 
     @property
     def statistics(self) -> Statistics:
@@ -89,6 +110,8 @@ class Recount(Counting):
         does."""
         if tables.guest[0] < 0:
             return
+        if self.runs is not None:
+            self.runs.see(tables, entries, bitmaps, links)
         apart = links.host[1:] != links.host[:-1] + self.geometry.cluster_size
         starts = np.arange(1, len(tables.offset), dtype=np.int64) * self.geometry.l2_entries
         edges = np.searchsorted(links.where, starts)

@@ -115,6 +115,13 @@ class _Repair:
         """All steps that are needed."""
         run = self._run
         before = audit = run.audit(metadata)
+        if audit.bad_runs and self._mode is RepairMode.ALL:
+            # Before its first write a repair drops the record anyway: what it says no longer holds.
+            run.header_writer(metadata)
+            run.wait("contiguous runs dropped")
+            self._corruptions += audit.bad_runs
+            metadata = load_qcow2_metadata(run.storage, for_check=True)
+            audit = run.audit(metadata)
         if audit.rebuild and self._mode is RepairMode.LEAKS:
             raise OperationError(
                 "the refcount structures must be rebuilt, which only a repair of all does: "
@@ -125,13 +132,15 @@ class _Repair:
             audit = run.audit(metadata)
         if audit.rebuild:
             rebuild_refcounts(run, metadata, audit)
-            self._corruptions = max(1, audit.raised + audit.found.bad_blocks)
+            self._corruptions += max(1, audit.raised + audit.found.bad_blocks)
             self._rebuilt = True
             metadata = load_qcow2_metadata(run.storage, for_check=True)
             audit = run.audit(metadata)
         if not audit.clean:
             self._repair_in_place(metadata, audit)
         run.wait("all tables written")
+        if run.changes:
+            metadata = load_qcow2_metadata(run.storage, for_check=True)
         after = run.audit(metadata, last=True) if run.changes else before
         self._clear_bits(metadata, after)
         if run.changes:

@@ -55,6 +55,11 @@ class Audit(Recount):
             self.rebuild.append(f"{found.bad_blocks} entries of the refcount table are faulty")
 
     @property
+    def bad_runs(self) -> int:
+        """Contiguous runs that the tables contradict."""
+        return 0 if self.runs is None else self.runs.wrong
+
+    @property
     def astray(self) -> bool:
         """Whether entries lead nowhere, with data or without."""
         return self.lost > 0 or self.spare > 0

@@ -11,6 +11,7 @@ from qcowkit.codecs.qcow2.extensions import CryptoExtension, Extensions, encode_
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS, Geometry
 from qcowkit.codecs.qcow2.header import CompressionType, CryptMethod, Header, new_header
 from qcowkit.codecs.qcow2.luks_params import Encryption
+from qcowkit.codecs.qcow2.runs import check_runs_fit
 from qcowkit.errors import RequestError, UnsupportedFeature
 from qcowkit.units import align_up
 
@@ -33,6 +34,7 @@ class Qcow2Spec:
     data_file: str | None = None
     data_file_raw: bool = False
     encryption: Encryption | None = None
+    contiguous_runs: bool = False
 
     def __post_init__(self) -> None:
         """Raise RequestError for what the format does not allow, before any file is touched."""
@@ -42,6 +44,8 @@ class Qcow2Spec:
         _check_preallocation(self)
         _check_data_file(self)
         _check_encryption(self)
+        if self.contiguous_runs:
+            check_runs_fit(version=self.version, cluster_size=self.geometry.cluster_size)
 
     @property
     def preallocated(self) -> bool:
@@ -116,6 +120,7 @@ def _check_version(spec: Qcow2Spec) -> None:
         "extended_l2": spec.geometry.extended_l2,
         "lazy_refcounts": spec.lazy_refcounts,
         "data_file": spec.data_file is not None,
+        "contiguous_runs": spec.contiguous_runs,
         "compression_type=zstd": spec.compression_type == ZSTD,
         f"refcount_bits={spec.geometry.refcount_bits}": spec.geometry.refcount_order != 4,
     }
