@@ -18,7 +18,7 @@ from qcowkit.image.registry import open_chain
 from qcowkit.operations.create import (
     Created,
     CreateOptions,
-    backing_size,
+    backing_disk,
     create_image,
     data_path,
     qcow2_spec,
@@ -100,7 +100,7 @@ def test_a_base_is_found_beside_the_image() -> None:
     create("images/top.qcow2", backing_file="base.raw", backing_fmt="raw")
     assert content("images/top.qcow2") == b"b" * 1024
     options = CreateOptions.of("qcow2", {"backing_file": "base.raw", "backing_fmt": "raw"})
-    assert backing_size("images/x", options, gate=GATE, budget=TRUSTED) == 1024
+    assert backing_disk("images/x", options, gate=GATE, budget=TRUSTED).size == 1024
 
 
 def test_a_base_that_is_missing_is_named() -> None:

@@ -125,6 +125,10 @@ _QCOW2 = (
         name="data_file_raw", kind=OptionKind.BOOL, help="the data file is a raw disk of its own"
     ),
     OptionSpec(name="extended_l2", kind=OptionKind.BOOL, help="subclusters of 1/32 cluster"),
+    OptionSpec(
+        name="guid",
+        help="which disk this is: auto (a random GUID), a GUID, or none (the default)",
+    ),
     OptionSpec(name="lazy_refcounts", kind=OptionKind.BOOL, help="put off refcount updates"),
     OptionSpec(
         name="preallocation",

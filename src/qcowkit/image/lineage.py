@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.errors import CorruptMetadata, RequestError, UnknownFormat
-from qcowkit.image.metadata import Metadata, canonical_format, load_metadata
+from qcowkit.image.metadata import Metadata, canonical_format, guid_of, load_metadata
 from qcowkit.image.probe import find_formats, probe_format
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.storage.file import FileStorage
@@ -159,8 +160,9 @@ class _Walk:
             )
             if reference.kind is ReferenceKind.PARENT:
                 self._match_parent(above, layer, reference)
-            written = writable if len(self.layers) == 2 else len(self.layers) - 2 in changes
-            self._match_backing(above, layer, reference, written=written)
+            else:
+                writing = writable or bool(self.writable_below)
+                self._match_backing(above, layer, reference, writing=writing)
 
     def _hold(self, storage: Storage, reference: Reference | None = None) -> None:
         """Close it if the walk fails; refuse a file that is in the chain already."""
@@ -245,6 +247,29 @@ class _Walk:
         known = parent.footer.timestamp == child.parent_timestamp
         text = _timestamp_warning(layer.storage, child.parent_timestamp, _label(reference))
         if text and not known:
+            self.layers[-1] = replace(layer, warnings=(*layer.warnings, text))
+
+    def _match_backing(
+        self, overlay: Metadata, layer: Layer, reference: Reference, *, writing: bool
+    ) -> None:
+        """Seed 002-10: a backing file is the disk that was recorded, where one was."""
+        expected = overlay.backing_identity if isinstance(overlay, Qcow2Metadata) else None
+        if expected is None:
+            return
+        found, size = guid_of(layer.metadata), layer.metadata.virtual_size
+        text = None
+        if found != expected.guid:
+            name, told = _label(reference), "none" if found is None else found
+            text = f"{name}: the GUID is {told}, expected {expected.guid} as recorded"
+            if writing:
+                # Whatever is copied on write would make the mixture of two disks permanent.
+                raise RequestError(
+                    f"{text}: nothing is written above another disk; find-backing looks for the "
+                    "right one, rebase or amend -o guid take this one"
+                )
+        elif size != expected.length:
+            text = f"{_label(reference)} has {size} bytes, {expected.length} when it was recorded"
+        if text is not None:
             self.layers[-1] = replace(layer, warnings=(*layer.warnings, text))
 
 

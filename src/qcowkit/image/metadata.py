@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from uuid import UUID
 
 from qcowkit.budget import Budget
 from qcowkit.engine.luks.metadata import LuksMetadata, load_luks_metadata
@@ -39,6 +40,14 @@ def canonical_format(name: str) -> str:
     if name not in ("qcow2", "vpc", "luks", "raw"):
         raise UnknownFormat(f"format {name!r} is not known, expected qcow2, vpc (vhd), luks or raw")
     return name
+
+
+def guid_of(metadata: Metadata) -> UUID | None:
+    """Which disk an image says it is: the GUID of a qcow2 image that has one, the unique id of a
+    VHD; None for everything else."""
+    if isinstance(metadata, VhdMetadata):
+        return metadata.unique_id
+    return metadata.guid if isinstance(metadata, Qcow2Metadata) else None
 
 
 def load_metadata(storage: Storage, format: str, *, budget: Budget) -> Metadata:

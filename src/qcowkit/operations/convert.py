@@ -7,7 +7,7 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.compression import make_compressor
@@ -26,7 +26,7 @@ from qcowkit.operations.create import (
     DEFAULT_SPARSE,
     CreateOptions,
     OptionValue,
-    backing_size,
+    backing_disk,
     data_path,
     open_target,
     qcow2_spec,
@@ -153,7 +153,8 @@ def _into_new(
         disk = Padded(disk, size=spec.size)
     if options.backing is not None:
         # A base that is missing, or of another format, would make an image that cannot be read.
-        backing_size(path, create, gate=None, budget=TRUSTED)
+        base = backing_disk(path, create, gate=None, budget=TRUSTED)
+        create = replace(create, base=base)
     if options.compress:
         assert spec is not None, "only qcow2 compresses"
         refuse_compressed_data_file(spec)

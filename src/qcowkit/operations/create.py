@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
+from uuid import UUID
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
+from qcowkit.codecs.qcow2.identity import BackingIdentity, Identity
 from qcowkit.codecs.qcow2.luks_params import Encryption
 from qcowkit.engine.luks.format import new_crypt
 from qcowkit.engine.luks.target import LuksBulkWriter, write_zeros
@@ -26,7 +28,9 @@ from qcowkit.engine.vhd.target import VhdTarget
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.image.metadata import guid_of
 from qcowkit.operations.encryption import luks_params, qcow2_encryption, require_new_secret
+from qcowkit.operations.identity import NO_GUID, choose_guid
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
@@ -37,13 +41,22 @@ DEFAULT_SPARSE = 4 * KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseDisk:
+    """What is known of a base image: guest bytes, and which disk it says that it is."""
+
+    size: int
+    guid: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateOptions:
     """A format and its options by their names of the command line, sizes in bytes. secret: the
-    passphrase where the new image shall be encrypted."""
+    passphrase where the new image shall be encrypted. base: the backing file, once opened."""
 
     format: str
     values: Mapping[str, OptionValue] = field(default_factory=dict)
     secret: bytes | None = field(default=None, repr=False)
+    base: BaseDisk | None = None
 
     @classmethod
     def of(
@@ -98,8 +111,9 @@ def create_image(
     refuse_overlap(path, options)
     require_new_secret(options.format, options.values, options.secret)
     if backing is not None and check_backing:
-        size = backing_size(path, options, gate=gate, budget=budget)
-        options = options if options.size is not None else options.with_values(size=size)
+        base = backing_disk(path, options, gate=gate, budget=budget)
+        options = replace(options, base=base)
+        options = options if options.size is not None else options.with_values(size=base.size)
     if options.size is None:
         raise RequestError("the size of the new image is missing")
     with ExitStack() as stack:
@@ -124,14 +138,14 @@ def create_image(
     return made
 
 
-def backing_size(
+def backing_disk(
     path: str | os.PathLike[str],
     options: CreateOptions,
     *,
     gate: ReferenceGate | None,
     budget: Budget,
-) -> int:
-    """Guest bytes of the base image that the options name, opened as the new image will see it.
+) -> BaseDisk:
+    """The base image that the options name, opened as the new image will see it.
 
     The user names the base, not an image: it may lie anywhere; what it names itself may not.
     gate: None looks at the base alone."""
@@ -147,7 +161,8 @@ def backing_size(
     try:
         storages = [storage for layer in layers for storage in (layer.storage, layer.data_storage)]
         refuse_overlap(path, options, read=[storage for storage in storages if storage])
-        return layers[0].metadata.virtual_size
+        metadata = layers[0].metadata
+        return BaseDisk(size=metadata.virtual_size, guid=guid_of(metadata))
     finally:
         close_layers(layers)
 
@@ -252,8 +267,20 @@ def qcow2_spec(options: CreateOptions, *, size: int) -> Qcow2Spec:
         data_file=options.text("data_file"),
         data_file_raw=bool(values.get("data_file_raw", False)),
         encryption=qcow2_encryption(values),
+        identity=_identity_of(options),
         contiguous_runs=bool(values.get("contiguous_runs", False)),
     )
+
+
+def _identity_of(options: CreateOptions) -> Identity | None:
+    """What the new image is to say of itself, and of its base where that is known."""
+    guid, base = choose_guid(options.text("guid") or NO_GUID), options.base
+    if guid is None:
+        return None
+    backing = None
+    if base is not None and base.guid is not None:
+        backing = BackingIdentity(guid=base.guid, length=base.size)
+    return Identity.of(guid, backing=backing, backing_name=options.text("backing_file"))
 
 
 def _cluster_bits(size: int) -> int:
@@ -313,6 +340,7 @@ def _qcow2_values(spec: Qcow2Spec) -> dict[str, OptionValue]:
         "backing_fmt": spec.backing_format,
         "data_file": spec.data_file,
         "data_file_raw": spec.data_file_raw or None,
+        "guid": None if spec.identity is None else str(spec.identity.guid),
         **_encryption_values(spec.encryption),
         "preallocation": None if spec.preallocation == "off" else spec.preallocation,
         "contiguous_runs": spec.contiguous_runs or None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from qcowkit.budget import TRUSTED
 from qcowkit.engine.luks.metadata import LuksMetadata
@@ -19,7 +20,7 @@ from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.metadata import Metadata
 from qcowkit.image.registry import build_image
-from qcowkit.operations.create import CreateOptions, OptionValue, refuse_overlap
+from qcowkit.operations.create import BaseDisk, CreateOptions, OptionValue, refuse_overlap
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.locking import Role, acquire
 from qcowkit.storage.protocol import Storage
@@ -74,7 +75,10 @@ def _options(layer: Layer, name: str, source_size: int) -> CreateOptions:
         raise RequestError(f"{name}: -n would lose {what} of the target")
     _check_tail(layer, name, source_size)
     if isinstance(metadata, Qcow2Metadata):
-        return CreateOptions.of("qcow2", _qcow2_values(metadata))
+        options = CreateOptions.of("qcow2", _qcow2_values(metadata))
+        backing = metadata.backing_identity
+        base = None if backing is None else BaseDisk(size=backing.length, guid=backing.guid)
+        return replace(options, base=base)
     assert isinstance(metadata, VhdMetadata), "raw targets are written in place"
     return CreateOptions.of("vpc", {"size": metadata.virtual_size, "subformat": metadata.subformat})
 
@@ -133,5 +137,6 @@ def _qcow2_values(metadata: Qcow2Metadata) -> dict[str, OptionValue]:
         "lazy_refcounts": metadata.lazy_refcounts,
         "backing_file": metadata.backing_name,
         "backing_fmt": metadata.extensions.backing_format,
+        "guid": None if metadata.guid is None else str(metadata.guid),
     }
     return {key: value for key, value in values.items() if value is not None}

@@ -113,10 +113,14 @@ def _qcow2_data(metadata: Qcow2Metadata) -> Info:
         data["corrupt"] = metadata.corrupt
         data["extended-l2"] = metadata.geometry.extended_l2
     if metadata.bitmaps:
-        data["bitmaps"] = [_bitmap(entry) for entry in metadata.bitmaps]
+        data["bitmaps"] = [describe_bitmap(entry) for entry in metadata.bitmaps]
     if metadata.data_file:
         data["data-file"] = metadata.extensions.data_file
         data["data-file-raw"] = metadata.data_file_raw
+    if metadata.guid is not None:
+        data["guid"] = str(metadata.guid)
+    if metadata.backing_identity is not None:
+        data["backing-guid"] = str(metadata.backing_identity.guid)
     if metadata.luks is not None:
         data["encrypt"] = _luks(metadata.luks)
     elif metadata.encrypted:
@@ -124,7 +128,8 @@ def _qcow2_data(metadata: Qcow2Metadata) -> Info:
     return data
 
 
-def _bitmap(entry: BitmapEntry) -> Info:
+def describe_bitmap(entry: BitmapEntry) -> Info:
+    """One bitmap under the keys of `qemu-img info --output=json`."""
     flags = {"in-use": entry.in_use, "auto": entry.auto}
     names = [name for name, is_set in flags.items() if is_set]
     return {"name": entry.name, "granularity": entry.granularity, "flags": names}
@@ -207,6 +212,10 @@ def _rows(info: Info) -> Iterator[tuple[str, str]]:
     if data.get("data-file") is not None:
         raw = " (a raw image by itself)" if data["data-file-raw"] else ""
         yield "data file", f"{data['data-file']}{raw}"
+    if "guid" in data:
+        yield "guid", data["guid"]
+    if "backing-guid" in data:
+        yield "backing guid", data["backing-guid"]
     if "encrypt" in data:
         yield "encryption", _encryption_text(data["encrypt"])
     features = list(_feature_texts(info, data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import UUID
 
+from qcowkit.codecs.qcow2.header import Autoclear, Header
 from qcowkit.codecs.qcow2.identity import BackingIdentity, Identity
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.qcow2.first_cluster import rewrite_first_cluster
@@ -33,7 +34,9 @@ def set_identity(
             backing = BackingIdentity(guid=backing_guid, length=backing_length)
         identity = Identity.of(guid, backing=backing, backing_name=metadata.backing_name)
     extensions = replace(metadata.extensions, identity=identity)
-    return rewrite_first_cluster(storage, metadata, barriers=barriers, extensions=extensions)
+    return rewrite_first_cluster(
+        storage, metadata, barriers=barriers, header=_header(metadata), extensions=extensions
+    )
 
 
 def rename_backing(
@@ -52,6 +55,14 @@ def rename_backing(
         storage,
         metadata,
         barriers=barriers,
+        header=_header(metadata),
         extensions=extensions,
         backing_name=name.encode("utf-8", "surrogateescape"),
     )
+
+
+def _header(metadata: Qcow2Metadata) -> Header:
+    """Without the promises of others: what they are about nobody knows. Ours speak of guest data
+    and tables, which stay."""
+    header = metadata.header
+    return replace(header, autoclear_features=header.autoclear_features & sum(Autoclear))

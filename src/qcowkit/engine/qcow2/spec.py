@@ -10,6 +10,7 @@ from qcowkit.codecs.qcow2.dirty_tables import plan_dirty_tables
 from qcowkit.codecs.qcow2.extensions import CryptoExtension, Extensions, encode_first_cluster
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS, Geometry
 from qcowkit.codecs.qcow2.header import CompressionType, CryptMethod, Header, new_header
+from qcowkit.codecs.qcow2.identity import Identity
 from qcowkit.codecs.qcow2.luks_params import Encryption
 from qcowkit.codecs.qcow2.runs import check_runs_fit
 from qcowkit.errors import RequestError, UnsupportedFeature
@@ -34,6 +35,7 @@ class Qcow2Spec:
     data_file: str | None = None
     data_file_raw: bool = False
     encryption: Encryption | None = None
+    identity: Identity | None = None
     contiguous_runs: bool = False
 
     def __post_init__(self) -> None:
@@ -81,7 +83,10 @@ class Qcow2Spec:
     def extensions(self, *, crypto: CryptoExtension | None = None) -> Extensions:
         """The header extensions of the new image. crypto: where its LUKS header is."""
         plain = Extensions(
-            backing_format=self.backing_format, data_file=self.data_file, crypto=crypto
+            backing_format=self.backing_format,
+            data_file=self.data_file,
+            crypto=crypto,
+            identity=self.identity,
         )
         if not self.lazy_refcounts:
             return plain

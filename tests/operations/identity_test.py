@@ -1,0 +1,248 @@
+"""Images that say which disk they are: created, converted, described, amended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from qcowkit.budget import TRUSTED
+from qcowkit.codecs.qcow2.header import Incompatible
+from qcowkit.codecs.qcow2.identity import BackingIdentity
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.engine.vhd.metadata import load_vhd_metadata
+from qcowkit.errors import CorruptMetadata, RequestError, StorageError, UnsupportedFeature
+from qcowkit.image.gate import ReferenceGate
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.identity import amend_identity
+from qcowkit.storage.file import FileStorage
+from qcowkit.testing.qcow2_builder import build_qcow2
+from qcowkit.units import MiB
+from tests.command import qcow
+from tests.peers import run_peer
+
+OWN = UUID("6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+GATE = ReferenceGate.below_image()
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(path: str) -> Qcow2Metadata:
+    with FileStorage.open(path) as storage:
+        return load_qcow2_metadata(storage)
+
+
+def create(path: str, *arguments: object, guid: object = "auto", size: object = "1M") -> UUID:
+    """A new image; its GUID."""
+    options = ["-f", "qcow2", "-o", f"guid={guid}"]
+    qcow("create", "-q", *options, *arguments, path, *([] if size is None else [size]))
+    found = load(path).guid
+    assert found is not None
+    return found
+
+
+def overlay(base: str = "base.qcow2", format: str = "qcow2") -> UUID:
+    return create("top.qcow2", "-b", base, "-F", format, size=None)
+
+
+def amend(path: str, text: str, **options: Any) -> Qcow2Metadata:
+    layers = open_layers(path, gate=GATE, budget=TRUSTED, writable=True, follow_backing=False)
+    try:
+        return amend_identity(layers[0], text, gate=GATE, **options)
+    finally:
+        close_layers(layers)
+
+
+def test_an_image_has_no_identity_unless_it_is_asked_for() -> None:
+    qcow("create", "-q", "-f", "qcow2", "plain.qcow2", "1M")
+    qcow("create", "-q", "-f", "qcow2", "-o", "guid=none", "none.qcow2", "1M")
+    assert load("plain.qcow2").extensions.identity is None
+    assert Path("plain.qcow2").read_bytes() == Path("none.qcow2").read_bytes()
+
+
+def test_a_given_guid_is_kept_and_shown() -> None:
+    done = qcow("create", "-f", "qcow2", "-o", f"guid={OWN}", "disk.qcow2", "1M")
+    assert f" guid={OWN}" in done.out.decode()
+    assert load("disk.qcow2").guid == OWN
+
+
+def test_every_image_gets_a_random_guid_of_its_own() -> None:
+    assert create("one.qcow2") != create("other.qcow2")
+
+
+@pytest.mark.parametrize("format", ["vpc", "raw"])
+def test_other_formats_take_no_guid(format: str) -> None:
+    done = qcow("create", "-f", format, "-o", "guid=auto", "disk", "1M", code=1)
+    assert f"-o guid: not an option of {format}" in done.err
+    assert not Path("disk").exists()
+
+
+def test_a_guid_that_is_none_is_refused_before_there_is_a_file() -> None:
+    done = qcow("create", "-f", "qcow2", "-o", "guid=12", "disk.qcow2", "1M", code=1)
+    assert "guid is '12', expected 32 hexadecimal digits" in done.err
+    assert not Path("disk.qcow2").exists()
+
+
+def test_an_overlay_records_which_disk_it_stands_on() -> None:
+    base = create("base.qcow2")
+    overlay()
+    assert load("top.qcow2").backing_identity == BackingIdentity(guid=base, length=MiB)
+
+
+def test_an_overlay_of_a_vhd_records_its_unique_id() -> None:
+    qcow("create", "-q", "-f", "vpc", "base.vhd", "1M")
+    overlay("base.vhd", "vpc")
+    with FileStorage.open("base.vhd") as storage:
+        metadata = load_vhd_metadata(storage, budget=TRUSTED)
+    expected = BackingIdentity(guid=metadata.unique_id, length=metadata.virtual_size)
+    assert load("top.qcow2").backing_identity == expected
+
+
+def test_an_overlay_of_a_disk_that_says_nothing_records_nothing() -> None:
+    qcow("create", "-q", "-f", "qcow2", "base.qcow2", "1M")
+    overlay()
+    assert load("top.qcow2").backing_identity is None
+
+
+def test_a_base_that_was_not_opened_is_not_recorded() -> None:
+    create("base.qcow2")
+    create("top.qcow2", "-u", "-b", "base.qcow2", "-F", "qcow2")
+    assert load("top.qcow2").backing_identity is None
+
+
+def test_a_converted_image_records_its_base() -> None:
+    base = create("base.qcow2")
+    qcow("create", "-q", "-f", "raw", "disk.raw", "1M")
+    flags = ["-B", "base.qcow2", "-F", "qcow2", "-o", f"guid={OWN}"]
+    qcow("convert", "-f", "raw", "-O", "qcow2", *flags, "disk.raw", "top.qcow2")
+    assert load("top.qcow2").guid == OWN
+    assert load("top.qcow2").backing_identity == BackingIdentity(guid=base, length=MiB)
+
+
+def test_a_conversion_into_an_image_keeps_its_identity() -> None:
+    create("base.qcow2")
+    overlay()
+    before = load("top.qcow2").extensions.identity
+    qcow("create", "-q", "-f", "raw", "disk.raw", "1M")
+    qcow("convert", "-n", "-f", "raw", "-O", "qcow2", "disk.raw", "top.qcow2")
+    assert load("top.qcow2").extensions.identity == before
+
+
+def test_info_shows_both_guids() -> None:
+    base, own = create("base.qcow2"), overlay()
+    data = qcow("info", "--output=json", "top.qcow2").json()["format-specific"]["data"]
+    assert (data["guid"], data["backing-guid"]) == (str(own), str(base))
+    lines = qcow("info", "top.qcow2").out.decode().splitlines()
+    assert [line.split()[-1] for line in lines if "guid" in line] == [str(own), str(base)]
+
+
+def test_info_of_an_image_without_them_has_no_such_words() -> None:
+    qcow("create", "-q", "-f", "qcow2", "disk.qcow2", "1M")
+    assert b"guid" not in qcow("info", "disk.qcow2").out
+    assert b"guid" not in qcow("info", "--output=json", "disk.qcow2").out
+
+
+def test_info_of_a_chain_warns_of_another_disk() -> None:
+    base = create("base.qcow2")
+    overlay()
+    other = create("base.qcow2")
+    done = qcow("info", "--backing-chain", "top.qcow2")
+    assert done.err == (
+        f"warning: backing file 'base.qcow2': the GUID is {other}, expected {base} as recorded\n"
+    )
+
+
+def test_what_rewrites_metadata_keeps_the_identity() -> None:
+    create("base.qcow2")
+    overlay()
+    before = load("top.qcow2").extensions.identity
+    qcow("io", "-c", "write -P 7 0 64k", "top.qcow2")
+    for arguments in (["-c", "one"], ["-a", "one"], ["-d", "one"]):
+        qcow("snapshot", "-q", *arguments, "top.qcow2")
+    qcow("resize", "-q", "top.qcow2", "4M")
+    qcow("check", "-q", "-r", "all", "top.qcow2")
+    assert load("top.qcow2").extensions.identity == before
+
+
+def test_amending_records_the_backing_file_that_is_there() -> None:
+    create("base.qcow2")
+    overlay()
+    other = create("base.qcow2", size="2M")
+    after = amend("top.qcow2", str(OWN))
+    assert after.guid == OWN
+    assert after.backing_identity == BackingIdentity(guid=other, length=2 * MiB)
+    qcow("io", "-c", "write 0 64k", "top.qcow2")
+
+
+def test_amending_takes_the_identity_away() -> None:
+    create("base.qcow2")
+    overlay()
+    Path("base.qcow2").unlink()
+    assert amend("top.qcow2", "none").extensions.identity is None
+
+
+def test_amending_needs_the_backing_file_that_it_is_to_record() -> None:
+    create("base.qcow2")
+    overlay()
+    before = Path("top.qcow2").read_bytes()
+    Path("base.qcow2").unlink()
+    with pytest.raises(StorageError, match="'base.qcow2': open: No such file"):
+        amend("top.qcow2", "auto")
+    assert Path("top.qcow2").read_bytes() == before
+
+
+def test_only_qcow2_images_are_amended() -> None:
+    qcow("create", "-q", "-f", "vpc", "disk.vhd", "1M")
+    with pytest.raises(UnsupportedFeature, match="vpc images have no place"):
+        amend("disk.vhd", "auto")
+
+
+def test_a_corrupt_image_is_not_amended() -> None:
+    image = build_qcow2().set_field("incompatible_features", int(Incompatible.CORRUPT))
+    Path("disk.qcow2").write_bytes(image.to_bytes())
+    with pytest.raises(CorruptMetadata, match="the corrupt bit is set"):
+        amend("disk.qcow2", "auto")
+
+
+def test_a_guid_that_is_none_changes_nothing() -> None:
+    create("disk.qcow2")
+    before = Path("disk.qcow2").read_bytes()
+    with pytest.raises(RequestError, match="guid is 'x', expected"):
+        amend("disk.qcow2", "x")
+    assert Path("disk.qcow2").read_bytes() == before
+
+
+@pytest.mark.peer("qemu-img")
+@pytest.mark.peer("qemu-io")
+def test_qemu_uses_the_image_and_keeps_the_identity() -> None:
+    create("base.qcow2")
+    overlay()
+    before = load("top.qcow2").extensions.identity
+    assert before is not None
+    run_peer("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", "top.qcow2")
+    run_peer("qemu-img", "amend", "-o", "lazy_refcounts=on", "top.qcow2")
+    run_peer("qemu-img", "snapshot", "-c", "one", "top.qcow2")
+    run_peer("qemu-img", "resize", "top.qcow2", "4M")
+    run_peer("qemu-img", "check", "-r", "all", "top.qcow2")
+    assert load("top.qcow2").extensions.identity == before
+    info = json.loads(run_peer("qemu-img", "info", "--output=json", "top.qcow2"))
+    assert info["backing-filename"] == "base.qcow2"
+
+
+@pytest.mark.peer("qemu-img")
+def test_what_qemu_rebased_has_lost_its_recorded_backing_only() -> None:
+    create("base.qcow2")
+    own = overlay()
+    create("other.qcow2")
+    run_peer("qemu-img", "rebase", "-u", "-b", "other.qcow2", "-F", "qcow2", "top.qcow2")
+    after = load("top.qcow2")
+    assert (after.guid, after.backing_identity) == (own, None)
+    assert qcow("info", "--backing-chain", "top.qcow2").err == ""
+    run_peer("qemu-img", "rebase", "-u", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+    assert load("top.qcow2").backing_identity is not None
