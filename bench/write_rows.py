@@ -280,6 +280,18 @@ _TABLES = (
         requests=_READS,
         options={"l2-cache-size": MiB},
     ),
+    replace(
+        _against_itself(
+            "io-runs",
+            "the same, contiguous runs against L2 tables",
+            image=replace(_VAST, options=(*_VAST.options, "contiguous_runs=on")),
+            requests=_READS,
+            options={"l2-cache-size": MiB},
+            peer_options={"l2-cache-size": MiB},
+            peer_label="qcow, L2 tables",
+        ),
+        peer_image=_VAST,
+    ),
     paired(
         "io-slices",
         "read 4 KiB, clusters and L2 cache of 2 and 4 MiB, slices of 4 KiB",

@@ -474,3 +474,9 @@ def test_an_image_can_be_left_as_after_a_crash(tmp_path: Path) -> None:
     assert image.killed()[-2:] == ("abort", "{image}")
     pairs, _ = time_requests(row, folder=tmp_path, qcow=QCOW, pairs=1)
     assert len(pairs.ours) == 1
+
+
+def test_subclusters_and_contiguous_runs_have_rows_of_their_own() -> None:
+    """S002-18."""
+    names = {row.name for row in ROWS} | {row.name for row in REQUEST_ROWS}
+    assert {"io-extended", "io-runs"} <= names
