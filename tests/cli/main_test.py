@@ -19,7 +19,7 @@ from qcowkit.cli.table import BY_NAME, VERBS, Verb
 from qcowkit.errors import RequestError, StorageError
 
 QEMU_VERBS = ["info", "map", "convert", "check", "compare", "measure", "create", "dd", "resize"]
-QEMU_VERBS += ["bench", "snapshot", "amend", "commit", "rebase"]
+QEMU_VERBS += ["bench", "snapshot", "bitmap", "amend", "commit", "rebase"]
 
 
 def ending_with(monkeypatch: pytest.MonkeyPatch, ending: Callable[[], int]) -> None:
