@@ -78,6 +78,7 @@ NUMPY_ALLOWED = (
     "qcowkit.codecs.qcow2.entries",
     "qcowkit.codecs.qcow2.refcount_block",
     "qcowkit.codecs.qcow2.transitions",
+    "qcowkit.codecs.qcow2.recoding",
     "qcowkit.codecs.qcow2.sector_cipher",
     "qcowkit.codecs.qcow2.luks_keys",
     "qcowkit.codecs.qcow2.bitmaps_data",

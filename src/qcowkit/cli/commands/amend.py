@@ -16,16 +16,31 @@ from qcowkit.cli.common import (
     image_specs,
     make_gate,
 )
-from qcowkit.cli.options import Secret, asks_for_help, parse_objects, parse_options
+from qcowkit.cli.options import Secret, asks_for_help, parse_bool, parse_objects, parse_options
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines, write_text
 from qcowkit.cli.secrets import find_secret, opening_of
+from qcowkit.engine.qcow2.amend import Amendment
 from qcowkit.errors import RequestError
 from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.amend import AmendOptions, amend_image
 from qcowkit.operations.keyslots import KeyChange, change_keys
+from qcowkit.units import parse_size
 
 PREFIX = "encrypt."
-_HELP = """options of amend, for images encrypted with LUKS:
+_HELP = """options of amend, for qcow2 images:
+  compat=<str>              0.10 or 1.1
+  refcount_bits=<num>       1, 2, 4, 8, 16, 32 or 64
+  lazy_refcounts=<bool>     put refcounts off while the image is written; needs compat=1.1
+  extended_l2=<bool>        32 subclusters in each cluster
+  cluster_size=<size>       512 to 2M
+  compression_type=<str>    zlib or zstd; compressed clusters are compressed anew
+  data_file=<str>           another name of the external data file
+  data_file_raw=<bool>      off: the data file need not be a raw disk any more
+  size=<size>               a larger disk
+  backing_file, backing_fmt only what the image says already: rebase changes them
+
+options of amend, for images encrypted with LUKS:
   encrypt.state=<str>       active adds a passphrase, inactive takes one away
   encrypt.new-secret=<str>  id of the --object secret with the passphrase to add
   encrypt.old-secret=<str>  id of the --object secret whose slots become inactive
@@ -33,6 +48,13 @@ _HELP = """options of amend, for images encrypted with LUKS:
   encrypt.iter-time=<num>   milliseconds that trying the new passphrase takes; 2000 when not given
 """
 _KEYS = ("state", "new-secret", "old-secret", "keyslot", "iter-time")
+_BOOLS = ("lazy_refcounts", "data_file_raw", "extended_l2")
+_TEXTS = ("compat", "data_file", "compression_type")
+_IMAGE_KEYS = (
+    *("refcount_bits", "cluster_size", "size", "backing_file", "backing_fmt"),
+    *_BOOLS,
+    *_TEXTS,
+)
 
 
 def configure(parser: Parser) -> None:
@@ -57,6 +79,8 @@ def configure(parser: Parser) -> None:
     add_image_opts(parser)
     add_gate(parser)
     parser.examples(
+        "qcow amend -o extended_l2=on,cluster_size=128k disk.qcow2",
+        "qcow amend -o compat=0.10,refcount_bits=16 disk.qcow2",
         "qcow amend --object secret,id=a,file=pass --object secret,id=b,file=new --image-opts "
         "-o encrypt.state=active,encrypt.new-secret=b "
         "driver=qcow2,encrypt.key-secret=a,file.filename=disk.qcow2",
@@ -74,7 +98,9 @@ def run(args: Namespace) -> int:
     options = parse_options(args.options)
     if not options:
         raise RequestError("-o is missing: it says what shall change (-o help)")
-    change = parse_key_change(options, parse_objects(args.objects))
+    wanted = {key: options.pop(key) for key in _IMAGE_KEYS if key in options}
+    change = parse_key_change(options, parse_objects(args.objects)) if options else None
+    amending = parse_amendment(wanted) if wanted else None
     (spec,) = image_specs(args, [args.file], format=args.format)
     opening = opening_of(args, spec)
     layers = open_layers(
@@ -83,17 +109,43 @@ def run(args: Namespace) -> int:
         gate=make_gate(args),
         budget=TRUSTED,
         writable=True,
-        follow_backing=False,
-        follow_data=False,
+        follow_backing=amending is not None and amending.needs_backing,
+        follow_data=amending is not None,
         locking=opening.locking,
     )
+    done = []
     try:
-        done = change_keys(layers[0], change, secret=opening.secrets.at(0), force=args.force)
+        if change is not None:
+            secret = opening.secrets.at(0)
+            done.append(change_keys(layers[0], change, secret=secret, force=args.force).render())
+        if amending is not None:
+            done.append(amend_image(layers, amending, budget=TRUSTED, opening=opening).render())
     finally:
         close_layers(layers)
     if not args.quiet:
-        write_lines([f"{spec.path}: {done.render()}"])
+        write_lines([f"{spec.path}: {line}" for line in done])
     return exits.SUCCESS
+
+
+def parse_amendment(values: dict[str, str]) -> AmendOptions:
+    """The change of a qcow2 image that the keys ask for. Raises RequestError that names the key."""
+    bools = {key: parse_bool(values[key], what=f"-o {key}") for key in _BOOLS if key in values}
+    texts = {key: values[key] for key in _TEXTS if key in values}
+    return AmendOptions(
+        amendment=Amendment(
+            lazy_refcounts=bools.get("lazy_refcounts"),
+            data_file_raw=bools.get("data_file_raw"),
+            extended_l2=bools.get("extended_l2"),
+            compat=texts.get("compat"),
+            data_file=texts.get("data_file"),
+            compression_type=texts.get("compression_type"),
+            refcount_bits=_number(values, "refcount_bits"),
+            cluster_size=_size(values, "cluster_size"),
+        ),
+        size=_size(values, "size"),
+        backing_file=values.get("backing_file"),
+        backing_fmt=values.get("backing_fmt"),
+    )
 
 
 def parse_key_change(options: dict[str, str], secrets: dict[str, Secret]) -> KeyChange:
@@ -113,8 +165,8 @@ def parse_key_change(options: dict[str, str], secrets: dict[str, Secret]) -> Key
         state=cast("Literal['active', 'inactive']", state),
         new_secret=_secret(values, "new-secret", secrets),
         old_secret=_secret(values, "old-secret", secrets),
-        slot=_number(values, "keyslot"),
-        iter_time=_number(values, "iter-time"),
+        slot=_number(values, "keyslot", prefix=PREFIX),
+        iter_time=_number(values, "iter-time", prefix=PREFIX),
     )
 
 
@@ -123,10 +175,20 @@ def _secret(values: dict[str, str], key: str, secrets: dict[str, Secret]) -> byt
     return None if name is None else find_secret(secrets, name, what=f"-o {PREFIX}{key}")
 
 
-def _number(values: dict[str, str], key: str) -> int | None:
+def _number(values: dict[str, str], key: str, *, prefix: str = "") -> int | None:
     text = values.get(key)
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()):
-        raise RequestError(f"-o {PREFIX}{key} is {text!r}, expected a whole number")
+        raise RequestError(f"-o {prefix}{key} is {text!r}, expected a whole number")
     return int(text)
+
+
+def _size(values: dict[str, str], key: str) -> int | None:
+    text = values.get(key)
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except RequestError as error:
+        raise RequestError(f"-o {key}: {error}") from error

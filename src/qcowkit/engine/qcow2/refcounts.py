@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from qcowkit.codecs.qcow2.entries import Uint64Array
-from qcowkit.codecs.qcow2.refcount_block import count_used
+from qcowkit.codecs.qcow2.geometry import Geometry
+from qcowkit.codecs.qcow2.refcount_block import count_used, last_used
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.tables import read_words
 from qcowkit.errors import CorruptMetadata
@@ -94,3 +95,16 @@ def holds_unwritten_clusters(storage: Storage, metadata: Qcow2Metadata) -> bool:
         if used >= threshold:
             return True
     return False
+
+
+def end_of_counts(storage: Storage, table: Uint64Array, *, geometry: Geometry) -> int:
+    """One past the last host cluster that counts, which may lie behind the end of the file.
+
+    table: the refcount table as native words."""
+    for index in np.flatnonzero(table)[::-1].tolist():
+        part = table[index : index + 1]
+        for _, raw in iter_blocks(storage, part, cluster_size=geometry.cluster_size):
+            last = last_used(raw, geometry.refcount_order)
+            if last >= 0:
+                return int(index) * geometry.refcounts_per_block + last + 1
+    return 0

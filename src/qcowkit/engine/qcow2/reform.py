@@ -18,7 +18,6 @@ from qcowkit.codecs.qcow2.header import Header
 from qcowkit.codecs.qcow2.refcount_block import (
     decode_refcounts,
     encode_refcounts,
-    last_used,
 )
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry, encode_snapshots
 from qcowkit.codecs.qcow2.transitions import hosts_of, mark_copied
@@ -29,7 +28,7 @@ from qcowkit.engine.qcow2.cutover import Cutover
 from qcowkit.engine.qcow2.l2_audit import Links, find_links, raise_fault
 from qcowkit.engine.qcow2.layout import refcount_clusters
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
-from qcowkit.engine.qcow2.refcounts import iter_blocks, load_refcount_table
+from qcowkit.engine.qcow2.refcounts import end_of_counts, iter_blocks, load_refcount_table
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
@@ -112,7 +111,9 @@ class Reform:
         self._barriers = barriers
         self._effort = effort
         self._table = load_refcount_table(storage, metadata)
-        self._first = max(ceil_div(storage.size(), self._size), self._end_of_counts())
+        self._first = end_of_counts(storage, self._table, geometry=self._geometry)
+        if not storage.caps.block_device:
+            self._first = max(self._first, ceil_div(storage.size(), self._size))
         # One bit a cluster: those that will have exactly one reference.
         self._single: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.freed: list[tuple[int, int]] = []
@@ -267,17 +268,6 @@ class Reform:
             values = decode_refcounts(raw, order)[: len(counts) - at]
             counts[at : at + len(values)] = values.astype(np.int64)
         return counts
-
-    def _end_of_counts(self) -> int:
-        """One past the last cluster that counts, which may lie behind the end of the file."""
-        per_block, order = self._geometry.refcounts_per_block, self._geometry.refcount_order
-        for index in np.flatnonzero(self._table)[::-1].tolist():
-            part = self._table[index : index + 1]
-            for _, raw in iter_blocks(self._storage, part, cluster_size=self._size):
-                last = last_used(raw, order)
-                if last >= 0:
-                    return int(index) * per_block + last + 1
-        return 0
 
     def _check(self, counts: Int64Array, old: Int64Array, base: int) -> None:
         if int(counts.min(initial=0)) < 0:

@@ -1,0 +1,418 @@
+"""All tables of an image said anew in another geometry, beside the old ones, and taken into use by
+one write of the header (docs/adr/0014, 0018).
+
+Guest data stay where they are as far as the new entries can name them; the others are written
+anew. Until the header is written, nothing that it leads to has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcowkit.codecs.qcow2.entries import (
+    ALL_ALLOCATED,
+    OFFSET_MASK,
+    READS_ZERO,
+    EntryRules,
+    Uint64Array,
+    find_fault,
+    split_words,
+)
+from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES
+from qcowkit.codecs.qcow2.header import Autoclear, Header
+from qcowkit.codecs.qcow2.recoding import RecodeRules, recode
+from qcowkit.codecs.qcow2.snapshots import SnapshotEntry, encode_snapshots
+from qcowkit.codecs.qcow2.transitions import compressed, hosts_of
+from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.findings import Effort
+from qcowkit.engine.qcow2.cutover import Cutover
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.refcounts import end_of_counts, load_refcount_table
+from qcowkit.engine.qcow2.renewal import renew_refcounts
+from qcowkit.engine.qcow2.renewed_data import DataRenewal, GuestReader
+from qcowkit.engine.qcow2.tables import load_l1
+from qcowkit.errors import CorruptMetadata, RequestError
+from qcowkit.extents.table import Int64Array
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import ceil_div
+
+# New entries that are made at once, unless a table has more.
+_ENTRIES = 1 << 15
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tree:
+    """One disk. tables: int64 host offsets of its L2 tables, 0 for none. size: guest bytes whose
+    entries count; None where a machine state follows the disk. entries: of the new L1 table."""
+
+    snapshot: SnapshotEntry | None
+    tables: Int64Array
+    disk_size: int
+    size: int | None
+    entries: int
+
+
+class Transform:
+    """One change of geometry. The image is sound, recovered and closed to everybody else.
+
+    `run` returns the header that is in use then. Raises CorruptMetadata for tables that break the
+    format, RequestError for what the new geometry cannot hold, OperationError, StorageError; in all
+    of these the image is as it was."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        metadata: Qcow2Metadata,
+        target: Header,
+        *,
+        data: Storage,
+        read: GuestReader,
+        barriers: Barriers,
+        effort: Effort,
+        zero_clusters: bool = True,
+    ) -> None:
+        """target: the header afterwards, but for sizes and places. data: where guest clusters lie,
+        `storage` itself mostly. barriers: of both. zero_clusters: whether there may be any."""
+        self._storage = storage
+        self._metadata = metadata
+        # Our hints say where things were.
+        kept = target.autoclear_features & (Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW)
+        self._target = replace(target, autoclear_features=int(kept))
+        self._barriers = barriers
+        self._effort = effort
+        self._old, self._new = metadata.geometry, target.geometry
+        table = load_refcount_table(storage, metadata)
+        end = end_of_counts(storage, table, geometry=self._old) * self._old.cluster_size
+        if not storage.caps.block_device:
+            end = max(end, storage.size())
+        self._first = ceil_div(end, self._new.cluster_size)
+        self._check_rules = EntryRules(
+            geometry=self._old,
+            version=metadata.header.version,
+            external_data=metadata.data_file,
+            file_size=storage.size(),
+        )
+        self._rules = RecodeRules(
+            old=self._old,
+            new=self._new,
+            has_zeros=zero_clusters,
+            has_base=metadata.backing_name is not None,
+            external=metadata.data_file,
+            same_packed=target.compression_type == metadata.header.compression_type,
+        )
+        planned = replace(metadata, header=self._target, geometry=self._new)
+        self._renewal = DataRenewal(
+            storage, data, planned, first=self._first, read=read, zero_clusters=zero_clusters
+        )
+        # What snapshots share is made once: tables by those they come from, data by old entries.
+        self._made: dict[tuple[int, int, bytes], Uint64Array] = {}
+        self._moved: dict[tuple[int, int, bytes], tuple[int, int]] = {}
+
+    def run(self) -> Header:
+        """Write, switch, make that durable, and give back what is free then."""
+        size = self._new.cluster_size
+        with Cutover(self._storage, self._metadata.header, barriers=self._barriers) as cutover:
+            planned, l1 = self._write_trees()
+            renewed = renew_refcounts(
+                self._storage, planned, l1, first=self._renewal.next, effort=self._effort
+            )
+            header = replace(
+                planned.header,
+                refcount_table_offset=renewed.table_offset,
+                refcount_table_clusters=renewed.table_clusters,
+            )
+            cutover.switch(header)
+        for first, count in renewed.free:
+            self._storage.discard(offset=first * size, length=count * size)
+        return header
+
+    def find_kinds(self) -> tuple[bool, bool]:
+        """Whether the image, with its snapshots, has zero clusters, and compressed ones."""
+        zeros = packed = False
+        for tree in self._trees():
+            for words in self._iter_words(tree):
+                entries, bitmaps = split_words(words, geometry=self._old)
+                is_packed = compressed(entries)
+                packed |= bool(is_packed.any())
+                plain = entries[~is_packed] if bitmaps is None else bitmaps >> np.uint64(32)
+                mask = READS_ZERO if bitmaps is None else ALL_ALLOCATED
+                zeros |= bool((plain & np.uint64(mask)).any())
+                if zeros and packed:
+                    return True, True
+        return zeros, packed
+
+    def _iter_words(self, tree: _Tree) -> Iterator[Uint64Array]:
+        for number in self._iter_chunks(tree):
+            start = number * self._chunk
+            for at in range(start, self._end(tree, start), self._piece):
+                if self._old_tables(tree, at, self._piece).any():
+                    yield self._load(tree, at, self._piece)
+
+    # Trees
+
+    def _trees(self) -> Iterator[_Tree]:
+        yield self._active_tree()
+        yield from map(self._snapshot_tree, self._metadata.snapshots)
+
+    def _write_trees(self) -> tuple[Qcow2Metadata, Uint64Array]:
+        """The metadata as they will be, but for refcounts, and the active L1 table's words."""
+        # All of them are looked at before anything is written.
+        active, *tables = [self._write_tree(tree) for tree in tuple(self._trees())]
+        place = self._write_words(active, at_least=1)
+        snapshots = tuple(
+            replace(
+                one,
+                l1_offset=self._write_words(words, at_least=1) if len(words) else 0,
+                l1_entries=len(words),
+            )
+            for one, words in zip(self._metadata.snapshots, tables, strict=True)
+        )
+        raw = encode_snapshots(snapshots)
+        header = replace(
+            self._target,
+            l1_size=len(active),
+            l1_table_offset=place,
+            snapshots_offset=self._write_raw(raw, at_least=1) if raw else 0,
+        )
+        planned = replace(
+            self._metadata,
+            header=header,
+            geometry=self._new,
+            snapshots=snapshots,
+            snapshot_table_bytes=len(raw),
+        )
+        return planned, active
+
+    def _write_words(self, words: Uint64Array, *, at_least: int) -> int:
+        return self._write_raw(words.astype(">u8").tobytes(), at_least=at_least)
+
+    def _write_raw(self, raw: bytes, *, at_least: int) -> int:
+        """The host offset of a structure in clusters of its own."""
+        size = self._new.cluster_size
+        count = max(at_least, ceil_div(len(raw), size))
+        place = self._renewal.allocate(count) * size
+        self._storage.pwrite([raw.ljust(count * size, b"\0")], offset=place)
+        return place
+
+    def _active_tree(self) -> _Tree:
+        header, size = self._metadata.header, self._metadata.virtual_size
+        words = self._load_l1(header.l1_table_offset, header.l1_size)
+        # Behind the disk a state may be left that no snapshot refers to from here.
+        return _Tree(
+            snapshot=None,
+            tables=hosts_of(words[: self._old.l1_entries(header.size)]),
+            disk_size=size,
+            size=header.size,
+            entries=self._l1_entries(header.size),
+        )
+
+    def _snapshot_tree(self, entry: SnapshotEntry) -> _Tree:
+        tables = hosts_of(self._load_l1(entry.l1_offset, entry.l1_entries))
+        disk = self._old.l1_entries(entry.disk_size)
+        keeps = bool(entry.vm_state_size) and len(tables) > disk
+        if keeps and self._old.l2_coverage != self._new.l2_coverage:
+            raise RequestError(
+                f"snapshot {entry.id} ({entry.name!r}) holds the state of a machine, whose place "
+                "depends on the size of the tables: delete it first"
+            )
+        needed = self._l1_entries(entry.disk_size)
+        return _Tree(
+            snapshot=entry,
+            tables=tables if keeps else tables[:disk],
+            disk_size=entry.disk_size,
+            size=None if keeps else entry.disk_size,
+            entries=max(needed, len(tables)) if keeps else needed,
+        )
+
+    def _l1_entries(self, size: int) -> int:
+        entries = self._new.l1_entries(size)
+        if entries * 8 > MAX_L1_BYTES:
+            limit = MAX_L1_BYTES // 8 * self._new.l2_coverage
+            raise RequestError(
+                f"a disk of {size} bytes is above {limit}, the most that clusters of "
+                f"{self._new.cluster_size} bytes can do"
+            )
+        return entries
+
+    def _load_l1(self, offset: int, count: int) -> Uint64Array:
+        return load_l1(
+            self._storage,
+            offset=offset,
+            count=count,
+            geometry=self._old,
+            file_size=self._storage.size(),
+        )
+
+    def _write_tree(self, tree: _Tree) -> Uint64Array:
+        """The words of the new L1 table, without COPIED; its L2 tables are written."""
+        l1 = np.zeros(tree.entries, dtype=np.uint64)
+        per_chunk = self._chunk // self._new.l2_coverage
+        for number in self._iter_chunks(tree):
+            start, index = number * self._chunk, number * per_chunk
+            # A table that is cut at the end of one disk is not that of a longer one.
+            tables = self._old_tables(tree, start, self._chunk)
+            key = start, self._end(tree, start), tables.tobytes()
+            # The guest's disk has its tables for itself (docs/adr/0014).
+            made = None if tree.snapshot is None else self._made.get(key)
+            if made is None:
+                made = self._write_chunk(tree, start)
+                if tree.snapshot is not None:
+                    self._made[key] = made
+            l1[index : index + per_chunk] = made[: len(l1) - index]
+        return l1
+
+    @property
+    def _chunk(self) -> int:
+        """Guest bytes that are done at once: whole tables of the new geometry and whole clusters
+        of the old one."""
+        tables = max(1, _ENTRIES // self._new.l2_entries)
+        return max(tables * self._new.l2_coverage, self._old.cluster_size)
+
+    def _iter_chunks(self, tree: _Tree) -> Iterator[int]:
+        used, coverage, last = np.flatnonzero(tree.tables).tolist(), self._old.l2_coverage, -1
+        for index in used:
+            begin = index * coverage // self._chunk
+            end = ceil_div((index + 1) * coverage, self._chunk)
+            if tree.size is not None:
+                end = min(end, ceil_div(tree.size, self._chunk))
+            for number in range(max(begin, last + 1), end):
+                yield number
+                last = number
+
+    def _old_tables(self, tree: _Tree, start: int, length: int) -> Int64Array:
+        coverage = self._old.l2_coverage
+        return tree.tables[start // coverage : ceil_div(start + length, coverage)]
+
+    def _end(self, tree: _Tree, start: int) -> int:
+        """Where a chunk ends, or the disk in it."""
+        stop = start + self._chunk
+        return stop if tree.size is None else min(stop, tree.size)
+
+    # One chunk
+
+    def _write_chunk(self, tree: _Tree, start: int) -> Uint64Array:
+        """Host offsets of the new L2 tables, 0 where nothing is to be said."""
+        count = self._chunk // self._new.l2_coverage
+        width = self._new.l2_entry_size // 8
+        rows = np.zeros((self._chunk // self._new.cluster_size, width), dtype=np.uint64)
+        for at in range(start, self._end(tree, start), self._piece):
+            if not self._old_tables(tree, at, self._piece).any():
+                continue
+            words = self._load(tree, at, self._piece)
+            if words.any():
+                first = (at - start) // self._new.cluster_size
+                made = self._recode(tree, words, at)
+                rows[first : first + len(made)] = made
+        return self._write_tables(rows.reshape(count, -1))
+
+    @property
+    def _piece(self) -> int:
+        """Guest bytes of a chunk whose entries, old and new, are held at once."""
+        sizes = self._old.cluster_size, self._new.cluster_size
+        return min(self._chunk, max(*sizes, _ENTRIES * min(sizes)))
+
+    def _recode(self, tree: _Tree, words: Uint64Array, start: int) -> Uint64Array:
+        """New entries, each a row with its bitmap, of the old words from guest offset `start`."""
+        entries, bitmaps = split_words(words, geometry=self._old)
+        self._judge(entries, bitmaps, tree, start)
+        found = recode(entries, bitmaps, rules=self._rules)
+        if len(found.rewrite):
+            places = found.rewrite * self._new.cluster_size + start
+            fresh = self._rewrite(tree, words, start, places, found.packed)
+            found.entries[found.rewrite] = fresh[0]
+            if found.bitmaps is not None:
+                found.bitmaps[found.rewrite] = fresh[1]
+        columns = [found.entries] if found.bitmaps is None else [found.entries, found.bitmaps]
+        return np.stack(columns, axis=1)
+
+    def _write_tables(self, rows: Uint64Array) -> Uint64Array:
+        used = np.flatnonzero(rows.any(axis=1))
+        hosts = np.zeros(len(rows), dtype=np.uint64)
+        if len(used):
+            first = self._renewal.allocate(len(used))
+            size = self._new.cluster_size
+            self._storage.pwrite([rows[used].astype(">u8").tobytes()], offset=first * size)
+            hosts[used] = ((np.arange(len(used)) + first) * size).astype(np.uint64)
+        return hosts
+
+    def _load(self, tree: _Tree, start: int, length: int) -> Uint64Array:
+        """Old words of a guest range; zeros where there is no table, and behind the disk."""
+        geometry = self._old
+        size, width = geometry.cluster_size, geometry.l2_entry_size
+        raw = bytearray(length // size * width)
+        view, at = memoryview(raw), start
+        while at < start + length:
+            index, inside = divmod(at, geometry.l2_coverage)
+            end = min(start + length, at - inside + geometry.l2_coverage)
+            host = int(tree.tables[index]) if index < len(tree.tables) else 0
+            if host:
+                part = view[(at - start) // size * width : (end - start) // size * width]
+                self._effort.spend(len(part))
+                self._storage.pread_into(part, offset=host + inside // size * width)
+            at = end
+        if tree.size is not None:
+            behind = ceil_div(max(0, tree.size - start), size) * width
+            raw[behind:] = bytes(max(0, len(raw) - behind))
+        return np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+
+    def _judge(
+        self, entries: Uint64Array, bitmaps: Uint64Array | None, tree: _Tree, start: int
+    ) -> None:
+        fault = find_fault(entries, bitmaps, self._check_rules)
+        size = self._old.cluster_size
+        index, reason = (fault.index, fault.reason) if fault is not None else (-1, "")
+        if fault is None and self._metadata.data_file:
+            hosts = (entries & np.uint64(OFFSET_MASK)).view(np.int64)
+            guest = np.arange(len(hosts)) * size + start
+            wrong = np.flatnonzero((hosts != 0) & (hosts != guest))
+            if not len(wrong):
+                return
+            index = int(wrong[0])
+            reason = f"data file offset {int(hosts[index]):#x}, expected {int(guest[index]):#x}"
+        if index < 0:
+            return
+        table, inside = divmod(start + index * size, self._old.l2_coverage)
+        raise CorruptMetadata(
+            "L2 table", host_offset=int(tree.tables[table]), index=inside // size, reason=reason
+        )
+
+    def _rewrite(
+        self,
+        tree: _Tree,
+        words: Uint64Array,
+        start: int,
+        places: Int64Array,
+        packed: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    ) -> tuple[Uint64Array, Uint64Array]:
+        """New entries and bitmaps of what has to be written anew, once for all that share it."""
+        if not self._metadata.snapshots:
+            return self._renewal.rewrite(tree.snapshot, places, packed, disk_size=tree.disk_size)
+        size, end = self._new.cluster_size, tree.disk_size
+        keys = [
+            (place, min(place + size, end), self._old_words(words, place - start))
+            for place in places.tolist()
+        ]
+        missing = np.array([key not in self._moved for key in keys], dtype=np.bool_)
+        fresh = self._renewal.rewrite(
+            tree.snapshot, places[missing], packed[missing], disk_size=tree.disk_size
+        )
+        made = zip(np.flatnonzero(missing).tolist(), *map(np.ndarray.tolist, fresh), strict=True)
+        for index, entry, bitmap in made:
+            self._moved[keys[index]] = entry, bitmap
+        found = [self._moved[key] for key in keys]
+        return (
+            np.array([entry for entry, _ in found], dtype=np.uint64),
+            np.array([bitmap for _, bitmap in found], dtype=np.uint64),
+        )
+
+    def _old_words(self, words: Uint64Array, inside: int) -> bytes:
+        """The old words of a new cluster, COPIED left out: it differs between trees."""
+        width = self._old.l2_entry_size // 8
+        count = max(1, self._new.cluster_size // self._old.cluster_size) * width
+        first = inside // self._old.cluster_size * width
+        part = words[first : first + count].copy()
+        part[::width] &= ~np.uint64(1 << 63)
+        return part.tobytes()
