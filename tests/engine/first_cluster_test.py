@@ -38,7 +38,13 @@ def rewrite(
     """The metadata afterwards, and the barriers on the way."""
     seen: list[str] = []
     barriers = Barriers(storage, observe=seen.append)
-    return rewrite_first_cluster(storage, metadata, barriers=barriers, **changes), seen  # type: ignore[arg-type]
+    after = rewrite_first_cluster(
+        storage,
+        metadata,
+        barriers=barriers,
+        **changes,  # type: ignore[arg-type]
+    )
+    return after, seen
 
 
 def test_a_name_is_added_where_nothing_is_read() -> None:

@@ -1,0 +1,78 @@
+"""Two disks side by side: their tables over the same ranges, and where they have to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcowkit.extents.algebra import clip
+from qcowkit.extents.differences import may_differ, pad_to
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import ExtentTable, Int64Array, empty
+from qcowkit.image.chain import WINDOW_ENTRIES, Chain
+from qcowkit.storage.file import FileStorage
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import align_down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Tables of both disks over the guest range [start, stop); beyond its end a disk reads as
+    zeros. suspects: where only reading can tell whether the two are equal."""
+
+    start: int
+    stop: int
+    first: ExtentTable
+    second: ExtentTable
+    suspects: RangeSet
+
+
+def iter_pairs(
+    first: Chain | None, second: Chain | None, *, size: int, align: int
+) -> Iterator[Pair]:
+    """Pairs over [0, size) in bounded memory, each ending at a multiple of `align` or at `size`.
+
+    None stands for a disk that has nothing: all zeros."""
+    numbers: dict[object, int] = {}
+    files = [_files_of(disk, numbers) for disk in (first, second)]
+    start = 0
+    while start < size:
+        stop, tables = size, []
+        for disk in (first, second):
+            table = _map_from(disk, start, stop)
+            if disk is not None and len(table) and table.end < min(disk.size, stop):
+                # It has more than fits into one window.
+                stop = max(align_down(table.end, align), min(start + align, stop))
+            tables.append((disk, table))
+        one, other = (_fitted(disk, table, start, stop) for disk, table in tables)
+        suspects = may_differ(one, other, first_files=files[0], second_files=files[1])
+        yield Pair(start=start, stop=stop, first=one, second=other, suspects=suspects)
+        start = stop
+
+
+def _map_from(disk: Chain | None, start: int, stop: int) -> ExtentTable:
+    if disk is None or start >= disk.size:
+        return empty()
+    length = min(stop, disk.size) - start
+    return disk.extents(start=start, length=length, limit=WINDOW_ENTRIES)
+
+
+def _fitted(disk: Chain | None, table: ExtentTable, start: int, stop: int) -> ExtentTable:
+    """The table of exactly [start, stop)."""
+    if disk is not None and len(table) and table.end < min(disk.size, stop):
+        # Shorter than the least step: the whole of that is asked for.
+        table = disk.extents(start=start, length=min(stop, disk.size) - start)
+    return pad_to(clip(table, start, stop), start, stop)
+
+
+def _files_of(disk: Chain | None, numbers: dict[object, int]) -> Int64Array:
+    """By layer, a number for the file that holds its data."""
+    images = () if disk is None else disk.images
+    found = [numbers.setdefault(_identity(image.data_storage), len(numbers)) for image in images]
+    return np.array(found or [-1], dtype=np.int64)
+
+
+def _identity(storage: Storage) -> object:
+    return storage.identity if isinstance(storage, FileStorage) else id(storage)

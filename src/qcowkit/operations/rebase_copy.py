@@ -1,0 +1,194 @@
+"""What a rebase copies: units of which the overlay has nothing, where the two chains differ."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowkit.engine.batches import plan_batches, rows_of, runs_of
+from qcowkit.engine.executor import BufferPool, ProgressReport, Workers
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.extents.algebra import clip
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import ExtentTable, Flag
+from qcowkit.extents.zeros import zero_units
+from qcowkit.image.chain import Chain
+from qcowkit.operations.pairs import Pair, iter_pairs
+from qcowkit.units import MiB
+
+WINDOW = 2 * MiB
+_MOST_ENTRIES = 1 << 17
+Bytes = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """A range that is read from both chains; wanted: where the two may differ in what counts."""
+
+    pair: Pair
+    start: int
+    stop: int
+    wanted: RangeSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What the old chain shows in a range, and by unit: where that differs, where it is zero."""
+
+    start: int
+    stop: int
+    buffer: Bytes
+    differs: Mask
+    zero: Mask
+
+
+class RebaseCopy:
+    """The copy. copied, zeroed, compared: bytes."""
+
+    def __init__(
+        self,
+        top: Chain,
+        below: Chain | None,
+        other: Chain | None,
+        *,
+        compress: bool,
+        threads: int | None,
+        progress: ProgressReport,
+        cancel: threading.Event | None,
+    ) -> None:
+        image = top.images[0]
+        metadata = image.metadata
+        assert isinstance(metadata, Qcow2Metadata), "checked before"
+        self._top, self._below, self._other = top, below, other
+        self._image = image
+        self._compress, self._threads = compress, threads
+        self._progress = progress
+        self._cancel = cancel
+        self._cluster = metadata.cluster_size
+        # The least that can be there while the rest shows the base.
+        self._unit = metadata.geometry.subcluster_size
+        # Without a base version 2 leaves zeros unallocated, where the new base would show.
+        self._has_zeros = metadata.header.version >= 3
+        self._pool = BufferPool(max(WINDOW, self._cluster))
+        self.copied = self.zeroed = self.compared = 0
+
+    def run(self) -> None:
+        """Copy; durable on return."""
+        window = max(WINDOW, self._cluster)
+        with Workers(self._threads, cancel=self._cancel) as workers:
+            for pair in iter_pairs(self._below, self._other, size=self._top.size, align=window):
+                workers.check_cancelled()
+                for found in workers.map_ordered(self._compare, self._batches(pair, window)):
+                    self._store(found)
+                    self._pool.give(found.buffer)
+                    self._progress(found.stop, self._top.size)
+                self._progress(pair.stop, self._top.size)
+        self._top.flush()
+
+    def _batches(self, pair: Pair, window: int) -> Iterator[_Batch]:
+        """Whole units that the top leaves to the chain below, and that may differ."""
+        if not len(pair.suspects):
+            return
+        units = pair.suspects.scale_outward(self._unit).scale_up(self._unit)
+        units = units.clip(pair.start, pair.stop)
+        wanted = units.difference(self._present(pair.start, pair.stop))
+        reach = wanted
+        if self._compress:
+            # A cluster is compressed as a whole.
+            reach = wanted.scale_outward(self._cluster).scale_up(self._cluster)
+            reach = reach.clip(pair.start, pair.stop)
+        starts, stops = plan_batches(reach, window=window)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            yield _Batch(pair=pair, start=start, stop=stop, wanted=wanted.clip(start, stop))
+
+    def _present(self, start: int, stop: int) -> RangeSet:
+        """What the top decides itself."""
+        found, at = RangeSet.empty(), start
+        while at < stop:
+            table = self._image.extents(start=at, length=stop - at, limit=_MOST_ENTRIES)
+            found = found.union(rows_of(table, Flag.PRESENT))
+            at = table.end
+        return found
+
+    def _compare(self, batch: _Batch) -> _Found:
+        """Runs in workers."""
+        length = batch.stop - batch.start
+        left = self._read(self._below, batch.pair.first, batch.start, batch.stop)
+        right = self._read(self._other, batch.pair.second, batch.start, batch.stop)
+        try:
+            differs = unequal_units(left[:length], right[:length], self._unit)
+        finally:
+            self._pool.give(right)
+        begins = batch.start + np.arange(len(differs), dtype=np.int64) * self._unit
+        differs &= batch.wanted.contains(begins)
+        return _Found(
+            start=batch.start,
+            stop=batch.stop,
+            buffer=left,
+            differs=differs,
+            zero=zero_units(left[:length], self._unit) & self._has_zeros,
+        )
+
+    def _read(self, disk: Chain | None, table: ExtentTable, start: int, stop: int) -> Bytes:
+        buffer = self._pool.take()
+        if disk is None:
+            buffer[: stop - start] = 0
+        else:
+            disk.read_table(clip(table, start, stop), buffer.data[: stop - start])
+        return buffer
+
+    def _store(self, found: _Found) -> None:
+        """Write into the top what the old chain shows, where the new one differs."""
+        self.compared += found.stop - found.start
+        packed = self._compressible(found)
+        for first, last in zip(*runs_of(packed), strict=True):
+            self._write(found, first, last, compress=True)
+        for first, last in zip(*runs_of(found.differs & found.zero), strict=True):
+            start, stop = self._place(found, first, last)
+            self._top.write_zeroes(offset=start, length=stop - start)
+            self.zeroed += stop - start
+        for first, last in zip(*runs_of(found.differs & ~found.zero & ~packed), strict=True):
+            self._write(found, first, last, compress=False)
+
+    def _write(self, found: _Found, first: int, last: int, *, compress: bool) -> None:
+        start, stop = self._place(found, first, last)
+        data = found.buffer[start - found.start : stop - found.start].data
+        write = self._top.write_compressed if compress else self._top.write
+        write(data, offset=start)
+        self.copied += stop - start
+
+    def _place(self, found: _Found, first: int, last: int) -> tuple[int, int]:
+        start = found.start + first * self._unit
+        return start, min(found.start + last * self._unit, found.stop)
+
+    def _compressible(self, found: _Found) -> Mask:
+        """The units of whole clusters with differing data of which the top has nothing yet."""
+        packed = np.zeros_like(found.differs)
+        if not self._compress:
+            return packed
+        per_cluster = self._cluster // self._unit
+        taken = self._present(found.start, found.stop)
+        taken = taken.scale_outward(self._cluster).scale_up(self._cluster)
+        for first in range(0, len(packed), per_cluster):
+            units = slice(first, first + per_cluster)
+            wanted = bool((found.differs[units] & ~found.zero[units]).any())
+            if wanted and (found.start + first * self._unit) not in taken:
+                packed[units] = True
+        found.differs[packed] = False
+        return packed
+
+
+def unequal_units(left: Bytes, right: Bytes, unit: int) -> Mask:
+    """For each unit of bytes whether the two differ; equal shapes (n,), the last may be short."""
+    whole = len(left) // unit
+    cut = whole * unit
+    words = left[:cut].view(np.uint64) != right[:cut].view(np.uint64)
+    found: Mask = words.reshape(whole, unit // 8).any(axis=1)
+    if cut == len(left):
+        return found
+    return np.append(found, not np.array_equal(left[cut:], right[cut:]))
