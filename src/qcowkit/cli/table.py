@@ -35,7 +35,8 @@ class Verb(NamedTuple):
 
     def load(self) -> Command:
         """Import the module of the verb."""
-        return cast("Command", importlib.import_module(f"qcowkit.cli.commands.{self.name}"))
+        module = self.name.replace("-", "_")
+        return cast("Command", importlib.import_module(f"qcowkit.cli.commands.{module}"))
 
     def parser(self) -> Parser:
         """The parser of the verb, with its operands and flags."""
@@ -73,6 +74,7 @@ VERBS = (
     Verb(name="bench", summary="time the requests of one size that a disk answers"),
     _own("io", "read, write and look with the command language of qemu-io"),
     _own("headers", "list the allocated clusters as JSON"),
+    _own("find-backing", "find a backing file that was moved, and repair its name"),
     _own("inspect", "judge whether a file of a stranger is safe to use"),
     _own("completion", "print the completion script of a shell"),
 )

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from qcowkit.budget import Budget
+from qcowkit.budget import UNTRUSTED, Budget
 from qcowkit.engine.luks.metadata import LuksMetadata, load_luks_metadata
-from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.engine.qcow2.metadata import (
+    Qcow2Metadata,
+    load_qcow2_guid,
+    load_qcow2_metadata,
+)
 from qcowkit.engine.vhd.metadata import VhdMetadata, load_vhd_metadata
-from qcowkit.errors import UnknownFormat
+from qcowkit.errors import QcowkitError, StorageError, UnknownFormat
+from qcowkit.image.probe import probe_format
 from qcowkit.references import Reference
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, align_up
@@ -48,6 +53,22 @@ def guid_of(metadata: Metadata) -> UUID | None:
     if isinstance(metadata, VhdMetadata):
         return metadata.unique_id
     return metadata.guid if isinstance(metadata, Qcow2Metadata) else None
+
+
+def load_guid(storage: Storage) -> UUID | None:
+    """The same for a file of any content, of which little is read; None for what is no sound image
+    of a known format. Raises StorageError."""
+    try:
+        match probe_format(storage):
+            case "qcow2":
+                return load_qcow2_guid(storage)
+            case "vpc":
+                return load_vhd_metadata(storage, budget=UNTRUSTED).unique_id
+    except StorageError:
+        raise
+    except QcowkitError:
+        pass
+    return None
 
 
 def load_metadata(storage: Storage, format: str, *, budget: Budget) -> Metadata:

@@ -66,6 +66,12 @@ def require_identity(metadata: Metadata) -> Qcow2Metadata:
     if not isinstance(metadata, Qcow2Metadata):
         reason = f"{metadata.format} images have no place for another one, qcow2 images do"
         raise UnsupportedFeature("identity", reason=reason)
+    refuse_corrupt(metadata)
+    return metadata
+
+
+def refuse_corrupt(metadata: Qcow2Metadata) -> None:
+    """Raise CorruptMetadata for an image that only a repair may write."""
     if metadata.corrupt:
         raise CorruptMetadata(
             "header field incompatible_features",
@@ -73,7 +79,6 @@ def require_identity(metadata: Metadata) -> Qcow2Metadata:
             reason="the corrupt bit is set: the image has to be repaired (check -r all) before "
             "anything is written",
         )
-    return metadata
 
 
 def load_backing_identity(

@@ -196,6 +196,17 @@ def load_qcow2_metadata(
     )
 
 
+def load_qcow2_guid(storage: Storage) -> UUID | None:
+    """The GUID that the first cluster gives; nothing behind it is read or judged.
+
+    Raises CorruptMetadata, UnsupportedFeature and StorageError."""
+    raw = _read_first_cluster(storage)
+    header = Header.decode(raw)
+    stop = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
+    identity = decode_extensions(raw, start=header.header_length, stop=stop).identity
+    return None if identity is None else identity.guid
+
+
 def load_bitmap_table(storage: Storage, bitmap: BitmapEntry, *, geometry: Geometry) -> array[int]:
     """The entries of one bitmap's table, judged by row 36. At most 8 MiB are read.
 
