@@ -253,6 +253,14 @@ ROWS: tuple[Row, ...] = (
         verify=("qemu-img", "compare", *_SECRET, "--image-opts", _PLAIN, f"{_SEALED}{{out}}"),
     ),
     Row(
+        name="luks-compare",
+        title="reading LUKS: compare with what it was made from",
+        peer=("qemu-img", "compare", *_SECRET, "--image-opts", _PLAIN, f"{_SEALED}{{disk_luks}}"),
+        ours=("{qcow}", "compare", *_SECRET, "--image-opts", _PLAIN, f"{_SEALED}{{disk_luks}}"),
+        goal=3.0,
+        memory_limit=CONVERT_MEMORY,
+    ),
+    Row(
         name="luks-raw",
         title="qcow2 encrypted with LUKS to raw",
         peer=("qemu-img", *_DECRYPT, *_PARALLEL, "{out}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qcowkit.operations.create import (
     qcow2_spec,
     target_directory,
 )
-from qcowkit.units import GiB, KiB, MiB, TiB
+from qcowkit.units import GiB, KiB, MiB, TiB, align_up
 from tests.peers import run_peer
 
 GATE = ReferenceGate.below_image()
@@ -221,3 +222,49 @@ def test_names_are_read_from_the_directory_of_the_image() -> None:
 
 def test_sizes_become_whole_sectors() -> None:
     assert qcow2_spec(CreateOptions.of("qcow2", {}), size=513).size == 1024
+
+
+def test_a_raw_disk_that_is_there_becomes_the_data_file_with_all_it_holds() -> None:
+    Path("disk.raw").write_bytes(b"here" * 50_000)
+    made = create("disk.qcow2", data_file="disk.raw", data_file_raw=True, preallocation="metadata")
+    assert made.size == align_up(200_000, 512)
+    assert content("disk.qcow2") == (b"here" * 50_000).ljust(made.size, b"\0")
+    with open_chain("disk.qcow2", gate=GATE, writable=True) as disk:
+        disk.write(b"there", offset=100_000)
+    assert Path("disk.raw").read_bytes()[100_000:100_008] == b"thereere"
+
+
+def test_a_raw_disk_is_made_longer_for_its_image_and_never_shorter() -> None:
+    Path("disk.raw").write_bytes(b"x" * MiB)
+    create("long.qcow2", size=2 * MiB, data_file="disk.raw", data_file_raw=True)
+    assert content("long.qcow2") == b"x" * MiB + bytes(MiB)
+    with pytest.raises(RequestError, match="more than the disk of 1048576"):
+        create("short.qcow2", size=MiB, data_file="disk.raw", data_file_raw=True)
+    assert not Path("short.qcow2").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "values", "reason"),
+    [
+        (b"QFI\xfb".ljust(512, b"\0"), {}, "a raw data file is a raw disk"),
+        (b"x" * 512, {"preallocation": "full"}, "would overwrite the disk that is there"),
+    ],
+)
+def test_what_would_not_stay_as_it_is_does_not_become_a_data_file(
+    content: bytes, values: dict[str, Any], reason: str
+) -> None:
+    Path("disk.raw").write_bytes(content)
+    with pytest.raises(RequestError, match=reason):
+        create("disk.qcow2", data_file="disk.raw", data_file_raw=True, **values)
+    assert Path("disk.raw").read_bytes() == content
+    assert not Path("disk.qcow2").exists()
+
+
+@pytest.mark.peer("qemu-img", "qemu-io")
+def test_qemu_reads_a_raw_disk_through_its_new_image() -> None:
+    Path("disk.raw").write_bytes(b"\7" * MiB)
+    create("disk.qcow2", data_file="disk.raw", data_file_raw=True)
+    subprocess.run(["qemu-img", "check", "-q", "disk.qcow2"], check=True)
+    subprocess.run(
+        ["qemu-io", "-c", "read -P 7 0 1M", "disk.qcow2"], check=True, capture_output=True
+    )

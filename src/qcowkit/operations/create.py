@@ -27,8 +27,9 @@ from qcowkit.engine.vhd.bulk import VhdBulkWriter
 from qcowkit.engine.vhd.target import VhdTarget
 from qcowkit.errors import RequestError
 from qcowkit.image.gate import ReferenceGate
-from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.image.lineage import close_layers, lock_storage, open_layers
 from qcowkit.image.metadata import guid_of
+from qcowkit.image.probe import probe_format
 from qcowkit.operations.encryption import luks_params, qcow2_encryption, require_new_secret
 from qcowkit.operations.identity import NO_GUID, choose_guid
 from qcowkit.storage.atomic import AtomicOutput
@@ -105,8 +106,10 @@ def create_image(
 ) -> Created:
     """Make an empty image that appears under its name when it is complete.
 
-    check_backing: open the base image, which must exist, and take its size where none is given.
-    Raises RequestError for options that cannot be, StorageError and all errors of the base."""
+    A raw data file that exists becomes that of the new image with all it holds, and gives it its
+    size where none is given. check_backing: open the base image, which must exist, and take its
+    size. Raises RequestError for options that cannot be, StorageError and all errors of the base.
+    """
     backing = options.text("backing_file")
     refuse_overlap(path, options)
     require_new_secret(options.format, options.values, options.secret)
@@ -114,28 +117,60 @@ def create_image(
         base = backing_disk(path, options, gate=gate, budget=budget)
         options = replace(options, base=base)
         options = options if options.size is not None else options.with_values(size=base.size)
-    if options.size is None:
-        raise RequestError("the size of the new image is missing")
     with ExitStack() as stack:
+        adopted = adopt_data_file(path, options, stack=stack)
+        if adopted is not None:
+            options = options.with_values(size=_adopted_size(adopted, options))
+        if options.size is None:
+            raise RequestError("the size of the new image is missing")
         output = stack.enter_context(AtomicOutput(path))
-        data = (
-            stack.enter_context(AtomicOutput(name, replace=False))
-            if (name := data_path(path, options))
-            else None
-        )
-        target, made = open_target(
-            output.storage,
-            options,
-            size=options.size,
-            data_storage=data.storage if data else None,
-        )
+        name = data_path(path, options)
+        data = None
+        if name is not None and adopted is None:
+            data = stack.enter_context(AtomicOutput(name, replace=False))
+        storage = data.storage if data else adopted
+        target, made = open_target(output.storage, options, size=options.size, data_storage=storage)
         target.finish()
-        if data is not None:
-            data.storage.truncate(made.size)
+        if storage is not None:
+            storage.truncate(made.size)
             # First the data: an image must not name a file that is not there.
-            data.commit()
+            storage.flush() if data is None else data.commit()
         output.commit()
     return made
+
+
+def adopt_data_file(
+    path: str | os.PathLike[str], options: CreateOptions, *, stack: ExitStack
+) -> FileStorage | None:
+    """The raw disk that is there already and shall be the data file of a new image, locked for
+    writing and closed by `stack`; None where there is none, or where a new file is asked for.
+
+    Raises RequestError for what is no raw disk and for options that would write into it."""
+    name = data_path(path, options)
+    if name is None or not options.values.get("data_file_raw") or _identity(name) is None:
+        return None
+    storage = FileStorage.open(name, writable=True)
+    stack.callback(storage.close)
+    lock_storage(storage, writable=True, locking="auto", force_share=False)
+    found = probe_format(storage)
+    if found != "raw":
+        raise RequestError(f"{name}: the content is {found}, and a raw data file is a raw disk")
+    if options.values.get("preallocation") == "full":
+        raise RequestError(
+            f"{name}: preallocation=full would overwrite the disk that is there; metadata and "
+            "falloc keep it"
+        )
+    return storage
+
+
+def _adopted_size(storage: FileStorage, options: CreateOptions) -> int:
+    present = align_up(storage.size(), SECTOR)
+    wanted = present if options.size is None else align_up(options.size, SECTOR)
+    if wanted < present:
+        raise RequestError(
+            f"{storage.name}: the data file has {present} bytes, more than the disk of {wanted}"
+        )
+    return wanted
 
 
 def backing_disk(
