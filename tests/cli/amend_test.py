@@ -1,4 +1,4 @@
-"""`qcow amend`, as far as it changes key slots."""
+"""`qcow amend`: key slots, and the options of qcow2 images."""
 
 from __future__ import annotations
 
@@ -109,3 +109,77 @@ def test_qemu_and_we_change_the_slots_by_turns(disk: Path) -> None:
     options = "encrypt.state=active,encrypt.new-secret=s,encrypt.iter-time=10"
     run_qemu("qemu-img", "amend", *OBJECTS, "--image-opts", "-o", options, theirs)
     assert (opens(disk, b"old"), opens(disk, b"new")) == (True, True)
+
+
+def option_of(path: Path, key: str) -> object:
+    return qcow("info", "--output=json", path).json()["format-specific"]["data"][key]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.qcow2"
+    qcow("create", "-q", "-f", "qcow2", path, "1M")
+    qcow("io", "-c", "write -q -P 5 0 128k", path)
+    return path
+
+
+def test_it_says_what_was_changed(plain: Path) -> None:
+    done = qcow("amend", "-o", "extended_l2=on,refcount_bits=64,size=2M", plain)
+    words = "refcount_bits=64, extended_l2=on, size=2097152"
+    assert done.out.decode() == f"{plain}: {words}\n"
+    assert option_of(plain, "extended-l2") is True
+    assert qcow("check", plain).code == 0
+    assert qcow("io", "-c", "read -q -P 5 0 128k", plain).code == 0
+
+
+def test_sizes_have_units_and_bools_their_spellings(plain: Path) -> None:
+    qcow("amend", "-q", "-o", "cluster_size=16k", "-o", "lazy_refcounts", plain)
+    assert option_of(plain, "lazy-refcounts") is True
+    assert qcow("info", "--output=json", plain).json()["cluster-size"] == 16384
+
+
+def test_an_option_over_a_base_reads_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"base" * 0x40000)
+    top = tmp_path / "top.qcow2"
+    words = ("-b", "base.raw", "-F", "raw")
+    qcow("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", *words, top)
+    qcow("io", "-c", "write -q -P 7 4k 4k", top)
+    qcow("amend", "-q", "-o", "cluster_size=64k", top)
+    text = "read -q -P 7 4k 4k"
+    qcow("io", "-c", text, "-c", "read -q -P 0x62 0 1", top)
+    qcow("check", "-q", top)
+
+
+def test_a_missing_base_is_not_asked_for_where_it_is_not_needed(tmp_path: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    words = ("-u", "-b", "gone.raw", "-F", "raw")
+    qcow("create", "-q", "-f", "qcow2", *words, top, "1M")
+    qcow("amend", "-q", "-o", "refcount_bits=32,lazy_refcounts=on,compression_type=zstd", top)
+    assert option_of(top, "refcount-bits") == 32
+    assert "gone.raw" in qcow("amend", "-q", "-o", "cluster_size=128k", top, code=1).err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-o", "nocow=on"), "-o nocow: not an option that can be amended (see -o help)"),
+        (("-o", "extended_l2=maybe"), "-o extended_l2 is 'maybe', expected on or off"),
+        (("-o", "refcount_bits=many"), "-o refcount_bits is 'many', expected a whole number"),
+        (("-o", "cluster_size=big"), "-o cluster_size: "),
+        (("-o", "backing_file=x"), "backing_file cannot be amended: rebase changes"),
+        (("-o", "size=1k"), "shrinking loses data, which resize does where it is asked to"),
+        ((), "-o is missing: it says what shall change"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    plain: Path, words: tuple[str, ...], message: str
+) -> None:
+    before = plain.read_bytes()
+    assert message in qcow("amend", *words, plain, code=1).err
+    assert plain.read_bytes() == before
+
+
+def test_help_lists_the_keys() -> None:
+    text = qcow("amend", "-o", "help").out.decode()
+    assert "compression_type=<str>" in text
+    assert "encrypt.state=<str>" in text
