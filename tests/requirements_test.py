@@ -58,7 +58,6 @@ OWN = {"format", "map", "headers", "cli", "kit"}
 LATER = {
     "S001-19": "amend",
     "S001-32": "amend",
-    "S002-10": "identity",
     "S002-17": "streams",
     "S004-11": "stand-in commands",
     "S004-13": "stand-in commands",
