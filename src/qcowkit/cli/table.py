@@ -70,6 +70,7 @@ VERBS = (
     Verb(name="snapshot", summary="list, take, go back to and delete snapshots in an image"),
     Verb(name="bitmap", summary="list and change the dirty bitmaps of an image"),
     Verb(name="commit", summary="put what an overlay holds into its backing file"),
+    Verb(name="rebase", summary="put an overlay over another backing file"),
     Verb(name="dd", summary="copy a part of a disk"),
     Verb(name="bench", summary="time the requests of one size that a disk answers"),
     _own("io", "read, write and look with the command language of qemu-io"),
