@@ -337,12 +337,6 @@ def test_what_the_host_copies_is_not_looked_at(raw: Path, tmp_path: Path, flags:
     assert done.err == f"qcow convert: -C excludes {flags[0]}\n"
 
 
-@pytest.mark.parametrize("flag", ["--bitmaps", "--skip-broken-bitmaps"])
-def test_bitmaps_are_refused_by_name(raw: Path, tmp_path: Path, flag: str) -> None:
-    done = qcow("convert", flag, "-O", "qcow2", raw, tmp_path / "x", code=1)
-    assert done.err.startswith(f"qcow convert: {flag}: copying bitmaps is not supported yet")
-
-
 def test_a_rate_changes_no_byte(raw: Path, disk: bytes, tmp_path: Path) -> None:
     qcow("convert", "-r", "1G", "-O", "qcow2", raw, tmp_path / "x.qcow2")
     assert read(tmp_path / "x.qcow2") == disk

@@ -170,6 +170,26 @@ def test_an_action_does_what_it_does_in_qemu(tmp_path: Path, words: list[str]) -
         assert our_dirty(ours, bitmap["name"]) == our_dirty(theirs, bitmap["name"])
 
 
+def test_a_conversion_takes_over_what_that_of_qemu_does(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, "cluster_size=4k")
+    run_peer("qemu-img", "bitmap", "--add", "-g", "4k", path, "b")
+    run_peer("qemu-io", "-f", "qcow2", *commands(4), path)
+    run_peer("qemu-img", "bitmap", "--add", "--disable", "--merge", "b", path, "off")
+    ours, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    qcow("convert", "--bitmaps", "-O", "qcow2", path, ours)
+    run_peer("qemu-img", "convert", "--bitmaps", "-O", "qcow2", path, theirs)
+    run_peer("qemu-img", "check", ours)
+    for name in ("b", "off"):
+        assert qemu_dirty(ours, name) == our_dirty(theirs, name) == our_dirty(path, name)
+    measured = [
+        json.loads(run_peer("qemu-img", "measure", "--output=json", "-O", "qcow2", one))["bitmaps"]
+        for one in (ours, theirs)
+    ]
+    measured.append(qcow("measure", "--output=json", "-O", "qcow2", ours).json()["bitmaps"])
+    assert len(set(measured)) == 1
+
+
 def test_qemu_takes_a_bitmap_for_inconsistent_after_our_crash(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     create(path, "cluster_size=4k")

@@ -19,8 +19,10 @@ from qcowkit.engine.transfer import BulkTarget
 from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Flag
+from qcowkit.image.chain import Chain
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.views import Concatenation, Disk, Padded, Salvaged, Window
+from qcowkit.operations.bitmap import CopiedBitmaps, collect_bitmaps
 from qcowkit.operations.copying import Copier, CopyRules, HostCopy, only_top
 from qcowkit.operations.create import (
     DEFAULT_SPARSE,
@@ -47,8 +49,9 @@ class ConvertOptions:
 
     create: options of the new image. secret: its passphrase where it shall be encrypted.
     sparse_size: shortest hole of a raw target, 0 allocates everything. copy_range: let the host
-    copy, without looking for zeros. start, length: the part of the source to copy. size: of the
-    target's disk, larger than the source's or None."""
+    copy, without looking for zeros. bitmaps: take over those of the source; skip_broken_bitmaps:
+    but for inconsistent ones. start, length: the part of the source to copy. size: of the target's
+    disk, larger than the source's or None."""
 
     format: str
     create: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -61,6 +64,8 @@ class ConvertOptions:
     sparse_size: int | None = None
     copy_range: bool = False
     salvage: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
     rate: int | None = None
     threads: int | None = None
     start: int = 0
@@ -71,10 +76,11 @@ class ConvertOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
     """What came of it. size: guest bytes. salvaged: (start, length, reason) of spots that could
-    not be read and are zeros now."""
+    not be read and are zeros now. skipped_bitmaps: names of those that were inconsistent."""
 
     size: int
     salvaged: tuple[tuple[int, int, str], ...] = ()
+    skipped_bitmaps: tuple[str, ...] = ()
 
 
 def convert(
@@ -91,6 +97,7 @@ def convert(
     With `in_place` a raw target, and block devices always, are written directly; a qcow2 or VHD
     target is replaced by a new image with its options. Raises any QcowkitError."""
     bad: list[tuple[int, int, str]] = []
+    bitmaps = _bitmaps(sources, options)
     disk = _source(sources, options, bad)
     with Workers(options.threads, cancel=cancel) as workers:
         if _is_device(path) or (options.in_place and options.format == "raw"):
@@ -99,8 +106,22 @@ def convert(
         with ExitStack() as stack:
             if options.in_place:
                 stack.enter_context(hold_existing(path, options.format, read=_storages(disk)))
-            size = _into_new(disk, path, options, workers, progress)
-    return Converted(size=size, salvaged=tuple(sorted(bad)))
+            size = _into_new(disk, path, options, workers, progress, bitmaps)
+    return Converted(size=size, salvaged=tuple(sorted(bad)), skipped_bitmaps=bitmaps.skipped)
+
+
+def _bitmaps(sources: Sequence[Disk], options: ConvertOptions) -> CopiedBitmaps:
+    """What has to be taken over, before anything is copied."""
+    if not options.bitmaps:
+        return CopiedBitmaps(bitmaps=())
+    (source,) = sources if len(sources) == 1 else (None,)
+    if not isinstance(source, Chain):
+        raise RequestError("bitmaps are taken over from a single disk image")
+    if options.format != "qcow2":
+        raise RequestError(f"{options.format} images hold no bitmaps, only qcow2 ones do")
+    if options.start or options.length is not None:
+        raise RequestError("bitmaps are of a whole disk, and a part of one is copied")
+    return collect_bitmaps(source.layers[0], skip_broken=options.skip_broken_bitmaps)
 
 
 def _source(
@@ -136,6 +157,7 @@ def _into_new(
     options: ConvertOptions,
     workers: Workers,
     progress: ProgressReport,
+    bitmaps: CopiedBitmaps,
 ) -> int:
     create = _create_options(path, disk, options)
     require_new_secret(create.format, create.values, create.secret)
@@ -151,6 +173,8 @@ def _into_new(
             raise RequestError("a backing file excludes several sources")
         # What the source does not reach must not show the backing file either.
         disk = Padded(disk, size=spec.size)
+    if spec is not None and spec.version < 3 and bitmaps.bitmaps:
+        raise RequestError("version 2 images (compat=0.10) hold no bitmaps, version 3 ones do")
     if options.backing is not None:
         # A base that is missing, or of another format, would make an image that cannot be read.
         base = backing_disk(path, create, gate=None, budget=TRUSTED)
@@ -177,6 +201,7 @@ def _into_new(
         rules = _rules(disk, options, spec, _host_copy(disk, data or output, options, create))
         Copier(disk, target, rules=rules, workers=workers, progress=progress).run()
         target.finish()
+        bitmaps.store(output.storage)
         if data is not None:
             data.storage.truncate(made.size)
             data.commit()

@@ -34,7 +34,6 @@ from qcowkit.image.chain import Chain
 from qcowkit.operations.convert import ConvertOptions, convert
 from qcowkit.units import SECTOR, MiB
 
-_NO_BITMAPS = "copying bitmaps is not supported yet"
 _MAX_SPARSE = 16 * MiB
 _MAX_COROUTINES = 16
 
@@ -46,8 +45,6 @@ def configure(parser: Parser) -> None:
     _configure_source(parser)
     _configure_target(parser)
     _configure_work(parser)
-    parser.refuse("--bitmaps", reason=_NO_BITMAPS)
-    parser.refuse("--skip-broken-bitmaps", reason=_NO_BITMAPS)
     add_quiet(parser)
     add_progress(parser)
     add_access(parser)
@@ -69,6 +66,15 @@ def _configure_source(parser: Parser) -> None:
         help="copy an internal snapshot, by id or name, instead of the current disk",
     )
     add_cache(parser, "-T", what="source")
+    parser.add_argument(
+        "--bitmaps", action="store_true", help="take over the persistent bitmaps, as they are"
+    )
+    parser.add_argument(
+        "--skip-broken-bitmaps",
+        dest="skip_broken_bitmaps",
+        action="store_true",
+        help="with --bitmaps: leave out inconsistent ones, which end the conversion otherwise",
+    )
     parser.add_argument(
         "--salvage", action="store_true", help="write zeros where a source cannot be read"
     )
@@ -187,6 +193,8 @@ def run(args: Namespace) -> int:
         progress = stack.enter_context(Progress.of(args, "convert"))
         done = convert(sources, target, options=options, progress=progress)
     warn(args, map(_salvage_line, done.salvaged))
+    names = map(ascii, done.skipped_bitmaps)
+    warn(args, (f"bitmap {name} is inconsistent and was left out" for name in names))
     return exits.SUCCESS
 
 
@@ -216,6 +224,8 @@ def _options(args: Namespace) -> tuple[str, ConvertOptions]:
         sparse_size=args.sparse_size,
         copy_range=args.copy_range,
         salvage=args.salvage,
+        bitmaps=args.bitmaps,
+        skip_broken_bitmaps=args.skip_broken_bitmaps,
         rate=args.rate,
         threads=args.threads,
     )
@@ -236,6 +246,8 @@ def check_flags(args: Namespace) -> None:
         (args.in_place and args.options, "-n", "-o"),
         (args.in_place and args.backing is not None, "-n", "-B"),
         (args.backing is not None and len(args.sources) > 1, "-B", "several sources"),
+        (args.bitmaps and len(args.sources) > 1, "--bitmaps", "several sources"),
+        (args.bitmaps and args.snapshot is not None, "--bitmaps", "-l"),
         (args.snapshot is not None and len(args.sources) > 1, "-l", "several sources"),
     )
     for wrong, flag, other in excluded:
@@ -247,6 +259,7 @@ def check_flags(args: Namespace) -> None:
         (args.backing_format is not None and args.backing is None, "-F", "-B"),
         (args.backing is not None and args.backing_format is None, "-B", "-F"),
         (args.target_size == "current" and args.snapshot is None, "--target-size", "-l"),
+        (args.skip_broken_bitmaps and not args.bitmaps, "--skip-broken-bitmaps", "--bitmaps"),
     )
     for wrong, flag, other in needed:
         if wrong:
