@@ -53,11 +53,9 @@ _PARTS = (
 PARTS = set(_PARTS.split())
 # What milestone 1 brings whole.
 OWN = {"format", "map", "headers", "cli", "kit"}
-# Rows of these parts that stand on verbs of later milestones: amend, the commands that stand in for
+# Rows of these parts that stand on verbs of later milestones: the commands that stand in for
 # others, identity, the L2-less form.
 LATER = {
-    "S001-19": "amend",
-    "S001-32": "amend",
     "S002-17": "streams",
     "S004-11": "stand-in commands",
     "S004-13": "stand-in commands",

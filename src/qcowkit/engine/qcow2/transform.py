@@ -1,5 +1,5 @@
 """All tables of an image said anew in another geometry, beside the old ones, and taken into use by
-one write of the header (docs/adr/0014, 0018).
+one write of the header (docs/adr/0014, 0019).
 
 Guest data stay where they are as far as the new entries can name them; the others are written
 anew. Until the header is written, nothing that it leads to has changed."""
@@ -13,6 +13,7 @@ import numpy as np
 
 from qcowkit.codecs.qcow2.entries import (
     ALL_ALLOCATED,
+    COPIED,
     OFFSET_MASK,
     READS_ZERO,
     EntryRules,
@@ -414,5 +415,5 @@ class Transform:
         count = max(1, self._new.cluster_size // self._old.cluster_size) * width
         first = inside // self._old.cluster_size * width
         part = words[first : first + count].copy()
-        part[::width] &= ~np.uint64(1 << 63)
+        part[::width] &= ~np.uint64(COPIED)
         return part.tobytes()
