@@ -98,8 +98,8 @@ def test_writers_above_another_disk_are_refused_and_told_the_ways_out(tmp_path: 
         open_chain(top, format="qcow2", gate=ReferenceGate.below_image(), writable=True)
     assert str(caught.value) == (
         f"backing file 'base': the GUID is {OTHER}, expected {BASE} as recorded: nothing is "
-        "written above another disk; find-backing looks for the right one, rebase or amend -o guid "
-        "take this one"
+        "written above another disk; find-backing looks for the right one, rebase -u or amend -o "
+        "guid take this one"
     )
     assert (top.read_bytes(), base.read_bytes()) == before
 

@@ -14,7 +14,7 @@ from qcowkit.codecs.qcow2.header import Incompatible
 from qcowkit.codecs.qcow2.identity import BackingIdentity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.vhd.metadata import load_vhd_metadata
-from qcowkit.errors import CorruptMetadata, RequestError, StorageError, UnsupportedFeature
+from qcowkit.errors import CorruptMetadata, StorageError, UnsupportedFeature
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.identity import amend_identity
@@ -51,10 +51,10 @@ def overlay(base: str = "base.qcow2", format: str = "qcow2") -> UUID:
     return create("top.qcow2", "-b", base, "-F", format, size=None)
 
 
-def amend(path: str, text: str, **options: Any) -> Qcow2Metadata:
+def amend(path: str, guid: UUID | None, **options: Any) -> Qcow2Metadata:
     layers = open_layers(path, gate=GATE, budget=TRUSTED, writable=True, follow_backing=False)
     try:
-        return amend_identity(layers[0], text, gate=GATE, **options)
+        return amend_identity(layers[0], guid, gate=GATE, **options)
     finally:
         close_layers(layers)
 
@@ -174,7 +174,7 @@ def test_amending_records_the_backing_file_that_is_there() -> None:
     create("base.qcow2")
     overlay()
     other = create("base.qcow2", size="2M")
-    after = amend("top.qcow2", str(OWN))
+    after = amend("top.qcow2", OWN)
     assert after.guid == OWN
     assert after.backing_identity == BackingIdentity(guid=other, length=2 * MiB)
     qcow("io", "-c", "write 0 64k", "top.qcow2")
@@ -184,7 +184,7 @@ def test_amending_takes_the_identity_away() -> None:
     create("base.qcow2")
     overlay()
     Path("base.qcow2").unlink()
-    assert amend("top.qcow2", "none").extensions.identity is None
+    assert amend("top.qcow2", None).extensions.identity is None
 
 
 def test_amending_needs_the_backing_file_that_it_is_to_record() -> None:
@@ -193,29 +193,87 @@ def test_amending_needs_the_backing_file_that_it_is_to_record() -> None:
     before = Path("top.qcow2").read_bytes()
     Path("base.qcow2").unlink()
     with pytest.raises(StorageError, match="'base.qcow2': open: No such file"):
-        amend("top.qcow2", "auto")
+        amend("top.qcow2", OWN)
     assert Path("top.qcow2").read_bytes() == before
 
 
 def test_only_qcow2_images_are_amended() -> None:
     qcow("create", "-q", "-f", "vpc", "disk.vhd", "1M")
     with pytest.raises(UnsupportedFeature, match="vpc images have no place"):
-        amend("disk.vhd", "auto")
+        amend("disk.vhd", OWN)
 
 
 def test_a_corrupt_image_is_not_amended() -> None:
     image = build_qcow2().set_field("incompatible_features", int(Incompatible.CORRUPT))
     Path("disk.qcow2").write_bytes(image.to_bytes())
     with pytest.raises(CorruptMetadata, match="the corrupt bit is set"):
-        amend("disk.qcow2", "auto")
+        amend("disk.qcow2", OWN)
+
+
+def test_the_command_amends_and_says_so() -> None:
+    create("base.qcow2")
+    overlay()
+    other = create("base.qcow2")
+    assert "nothing is written above another disk" in (
+        qcow("io", "-c", "write 0 64k", "top.qcow2", code=1).err
+    )
+    done = qcow("amend", "-o", f"guid={OWN}", "top.qcow2")
+    assert done.out.decode() == f"top.qcow2: guid={OWN}\n"
+    assert load("top.qcow2").guid == OWN
+    backing = load("top.qcow2").backing_identity
+    assert backing is not None
+    assert backing.guid == other
+    qcow("io", "-c", "write 0 64k", "top.qcow2")
+    assert qcow("amend", "-o", "guid=none", "top.qcow2").out == b"top.qcow2: guid=none\n"
+    assert load("top.qcow2").extensions.identity is None
+
+
+def test_an_identity_is_amended_together_with_other_options() -> None:
+    create("disk.qcow2")
+    qcow("io", "-c", "write -P 7 0 64k", "disk.qcow2")
+    qcow("amend", "-o", f"guid={OWN},refcount_bits=8,compression_type=zstd", "disk.qcow2")
+    after = load("disk.qcow2")
+    assert (after.guid, after.geometry.refcount_bits, after.compression_type) == (OWN, 8, "zstd")
+    qcow("io", "-c", "read -P 7 0 64k", "disk.qcow2")
+    qcow("check", "disk.qcow2")
+
+
+def test_other_amendments_keep_the_identity() -> None:
+    create("base.qcow2")
+    overlay()
+    before = load("top.qcow2").extensions.identity
+    qcow("amend", "-q", "-o", "extended_l2=on,cluster_size=128k,compat=1.1", "top.qcow2")
+    qcow("amend", "-q", "-o", "extended_l2=off", "top.qcow2")
+    assert load("top.qcow2").extensions.identity == before
 
 
 def test_a_guid_that_is_none_changes_nothing() -> None:
     create("disk.qcow2")
     before = Path("disk.qcow2").read_bytes()
-    with pytest.raises(RequestError, match="guid is 'x', expected"):
-        amend("disk.qcow2", "x")
+    done = qcow("amend", "-o", "guid=x,refcount_bits=8", "disk.qcow2", code=1)
+    assert "guid is 'x', expected" in done.err
     assert Path("disk.qcow2").read_bytes() == before
+
+
+def test_a_committed_overlay_keeps_its_identity() -> None:
+    create("base.qcow2")
+    overlay()
+    before = load("top.qcow2").extensions.identity, load("base.qcow2").guid
+    qcow("io", "-c", "write -P 7 0 64k", "top.qcow2")
+    qcow("commit", "-q", "top.qcow2")
+    assert (load("top.qcow2").extensions.identity, load("base.qcow2").guid) == before
+
+
+def test_nothing_is_committed_into_another_disk() -> None:
+    create("base.qcow2")
+    overlay()
+    qcow("io", "-c", "write -P 7 0 64k", "top.qcow2")
+    create("base.qcow2")
+    before = Path("base.qcow2").read_bytes()
+    for flags in ([], ["-d"]):
+        done = qcow("commit", *flags, "top.qcow2", code=1)
+        assert "nothing is written above another disk" in done.err
+    assert Path("base.qcow2").read_bytes() == before
 
 
 @pytest.mark.peer("qemu-img")

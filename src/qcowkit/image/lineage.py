@@ -265,7 +265,7 @@ class _Walk:
                 # Whatever is copied on write would make the mixture of two disks permanent.
                 raise RequestError(
                     f"{text}: nothing is written above another disk; find-backing looks for the "
-                    "right one, rebase or amend -o guid take this one"
+                    "right one, rebase -u or amend -o guid take this one"
                 )
         elif size != expected.length:
             text = f"{_label(reference)} has {size} bytes, {expected.length} when it was recorded"

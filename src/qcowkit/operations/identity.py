@@ -12,7 +12,7 @@ from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.identity import BackingIdentity, parse_guid
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.qcow2.identity import set_identity
-from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.errors import CorruptMetadata, UnsupportedFeature
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.metadata import guid_of
@@ -35,7 +35,7 @@ def choose_guid(text: str) -> UUID | None:
 
 def amend_identity(
     layer: Layer,
-    text: str,
+    guid: UUID | None,
     *,
     gate: ReferenceGate,
     budget: Budget = TRUSTED,
@@ -43,11 +43,12 @@ def amend_identity(
 ) -> Qcow2Metadata:
     """Give the image another GUID and record which disk its backing file is now; durable on return.
 
-    layer: a qcow2 image that is open for writing. text: as for `choose_guid`; none takes the record
-    away. Returns the metadata as they are now. Raises UnsupportedFeature for other formats, what
-    opening the backing file raises, and as `set_identity`."""
-    metadata = require_identity(layer.metadata)
-    guid, backing = choose_guid(text), None
+    layer: a qcow2 image that is open for writing. guid: None takes the record away. Returns the
+    metadata as they are now. Raises UnsupportedFeature for other formats, what opening the backing
+    file raises, and as `set_identity`."""
+    require_identity(layer.metadata)
+    # As they are by now: other options may have been changed since the file was opened.
+    metadata, backing = load_qcow2_metadata(layer.storage, budget=budget), None
     if guid is not None:
         backing = load_backing_identity(layer, gate=gate, budget=budget)
     return set_identity(
@@ -60,14 +61,13 @@ def amend_identity(
     )
 
 
-def require_identity(metadata: Metadata) -> Qcow2Metadata:
-    """The metadata of an image whose header may be changed. Raises UnsupportedFeature for formats
-    other than qcow2, CorruptMetadata for an image that needs repair."""
+def require_identity(metadata: Metadata) -> None:
+    """Raise UnsupportedFeature for formats other than qcow2, CorruptMetadata for an image that
+    only a repair may write."""
     if not isinstance(metadata, Qcow2Metadata):
         reason = f"{metadata.format} images have no place for another one, qcow2 images do"
         raise UnsupportedFeature("identity", reason=reason)
     refuse_corrupt(metadata)
-    return metadata
 
 
 def refuse_corrupt(metadata: Qcow2Metadata) -> None:

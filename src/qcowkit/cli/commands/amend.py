@@ -24,6 +24,7 @@ from qcowkit.engine.qcow2.amend import Amendment
 from qcowkit.errors import RequestError
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.amend import AmendOptions, amend_image
+from qcowkit.operations.identity import NO_GUID, amend_identity, choose_guid
 from qcowkit.operations.keyslots import KeyChange, change_keys
 from qcowkit.units import parse_size
 
@@ -39,6 +40,7 @@ _HELP = """options of amend, for qcow2 images:
   data_file_raw=<bool>      off: the data file need not be a raw disk any more
   size=<size>               a larger disk
   backing_file, backing_fmt only what the image says already: rebase changes them
+  guid=<str>                which disk this is: auto, a GUID, or none; records the backing file's
 
 options of amend, for images encrypted with LUKS:
   encrypt.state=<str>       active adds a passphrase, inactive takes one away
@@ -98,6 +100,8 @@ def run(args: Namespace) -> int:
     options = parse_options(args.options)
     if not options:
         raise RequestError("-o is missing: it says what shall change (-o help)")
+    text = options.pop("guid", None)
+    guid = None if text is None else choose_guid(text)
     wanted = {key: options.pop(key) for key in _IMAGE_KEYS if key in options}
     change = parse_key_change(options, parse_objects(args.objects)) if options else None
     amending = parse_amendment(wanted) if wanted else None
@@ -120,6 +124,10 @@ def run(args: Namespace) -> int:
             done.append(change_keys(layers[0], change, secret=secret, force=args.force).render())
         if amending is not None:
             done.append(amend_image(layers, amending, budget=TRUSTED, opening=opening).render())
+        if text is not None:
+            # Last, since it needs what is in the header by then.
+            after = amend_identity(layers[0], guid, gate=make_gate(args))
+            done.append(f"guid={NO_GUID if after.guid is None else after.guid}")
     finally:
         close_layers(layers)
     if not args.quiet:
