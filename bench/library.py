@@ -22,17 +22,21 @@ class NoRoom(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
     """How large the images are. disk, big: bytes of data. extents: of the fragmented image.
-    spots: data clusters of the vast one, `vast_step` clusters of 64 KiB apart."""
+    spots: data clusters of the vast one, `vast_step` clusters of 64 KiB apart. full: guest bytes of
+    the one in which all are allocated."""
 
     disk: int = 700 * MiB
     big: int = 3 * GiB
     extents: int = 1_000_000
     spots: int = 1 << 15
     vast_step: int = 1 << 15
+    full: int = 1 << 40
 
 
 FULL = Scale()
-QUICK = Scale(disk=48 * MiB, big=128 * MiB, extents=50_000, spots=1 << 10, vast_step=1 << 20)
+QUICK = Scale(
+    disk=48 * MiB, big=128 * MiB, extents=50_000, spots=1 << 10, vast_step=1 << 20, full=1 << 36
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +74,12 @@ class Library:
         kind = name.partition("_")[0]
         scale = self.scale
         # Of the others: a page an L2 table, or 10 bytes an extent and some more.
-        others = {"vast": 4096 * scale.spots, "huge": 200 * scale.extents}
+        # 10 bytes a cluster, and as much for each set of tables that a snapshot makes.
+        others = {
+            "vast": 4096 * scale.spots,
+            "huge": 200 * scale.extents,
+            "full": scale.full >> 11,
+        }
         sizes = {"disk": scale.disk, "big": scale.big, **others}
         return sizes.get(kind, 20 * scale.extents)
 
@@ -136,6 +145,12 @@ def _huge(library: Library, path: Path) -> None:
     make_fragmented(path, 10 * library.scale.extents)
 
 
+def _full(library: Library, path: Path) -> None:
+    """Every cluster has its place, and no data."""
+    options = ("-f", "qcow2", "-o", "preallocation=metadata")
+    run_quietly("qemu-img", "create", "-q", *options, path, str(library.scale.full))
+
+
 def _vast(library: Library, path: Path) -> None:
     make_fragmented(path, library.scale.spots, step=library.scale.vast_step)
 
@@ -152,4 +167,5 @@ RECIPES: dict[str, Callable[[Library, Path], None]] = {
     "fragmented": _fragmented,
     "huge": _huge,
     "vast": _vast,
+    "full": _full,
 }

@@ -176,6 +176,11 @@ ENCRYPT: Command = (
 )
 
 
+def _taken_and_deleted(tool: str) -> Command:
+    """A snapshot taken, and deleted again."""
+    return ("sh", "-c", '"$0" snapshot -c s "$1" && "$0" snapshot -d s "$1"', tool, "{full}")
+
+
 def retried(*command: str) -> Command:
     """A command that makes a LUKS header with qemu-img, which sometimes finds the clock too coarse
     to count iterations by; ten times are enough."""
@@ -317,6 +322,14 @@ ROWS: tuple[Row, ...] = (
         "{vast}",
         memory_limit=VAST_MEMORY,
         verify=_same_answer("check", "{vast}"),
+    ),
+    Row(
+        name="snapshot-1t",
+        title="snapshot taken and deleted, 1 TiB all allocated",
+        peer=_taken_and_deleted("qemu-img"),
+        ours=_taken_and_deleted("{qcow}"),
+        goal=1.5,
+        verify=("qemu-img", "check", "-q", "{full}"),
     ),
     _both("info", "info", *_INFO),
     Row(
