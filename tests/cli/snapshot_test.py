@@ -94,7 +94,8 @@ def test_snapshots_are_compared_and_mapped_like_disks(tmp_path: Path) -> None:
     assert qcow("compare", "-s", "-l", "a", "-L", "b", path, path).code == 0
     assert qcow("compare", "-l", "a", path, path, code=None).code == 1
     mapped = qcow("map", "--output=json", "--snapshot", "b", path).json()
-    assert (mapped[0]["length"], sum(one["length"] for one in mapped)) == (1 << 20, 4 << 20)
+    assert sum(one["length"] for one in mapped if one["data"]) == 1 << 20
+    assert sum(one["length"] for one in mapped) == 4 << 20
     failed = qcow("map", "--snapshot", "c", path, code=1)
     assert "'c'" in failed.err
 
