@@ -5,23 +5,32 @@ offending file is read. Reliability reference, section 2, rows 45 and 53."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.vhd.metadata import VhdMetadata
-from qcowkit.errors import CorruptMetadata, RequestError, UnknownFormat
-from qcowkit.image.metadata import Metadata, canonical_format, guid_of, load_metadata
+from qcowkit.errors import (
+    CorruptMetadata,
+    ReferenceDenied,
+    RequestError,
+    StorageError,
+    UnknownFormat,
+)
+from qcowkit.image.metadata import Metadata, canonical_format, guid_of, load_guid, load_metadata
 from qcowkit.image.probe import find_formats, probe_format
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.locking import FileLock, LockMode, Role, acquire
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from qcowkit.budget import Budget
     from qcowkit.image.gate import ReferenceGate
     from qcowkit.storage.protocol import Storage
@@ -50,6 +59,13 @@ class Layer:
     data_lock: FileLock | None = None
 
 
+class Resolver(Protocol):
+    """Who knows where disks are; `operations.backing_index` has one. Never trusted."""
+
+    def find(self, guid: UUID) -> Sequence[Path]:
+        """Files that may be this disk, the likeliest first."""
+
+
 def open_layers(
     source: str | os.PathLike[str] | Storage,
     *,
@@ -63,6 +79,7 @@ def open_layers(
     directory: Path | None = None,
     locking: LockMode = "auto",
     force_share: bool = False,
+    resolver: Resolver | None = None,
 ) -> tuple[Layer, ...]:
     """Open the image and what it names, top first; `close_layers` closes them.
 
@@ -70,8 +87,9 @@ def open_layers(
     probed if None. writable: the top and its data file. writable_below: depths of layers below that
     are changed too, all others are only read. directory: where the names of a top without a path
     begin. locking: auto goes on where the host takes no locks, on refuses, off takes none.
-    force_share: read what others write. Raises any QcowkitError, ImageBusy where a file is in use;
-    nothing stays open then."""
+    force_share: read what others write. resolver: asked where a recorded disk is not under its
+    name; only what the gate admits, and what is that disk, is opened on its word. Raises any
+    QcowkitError, ImageBusy where a file is in use; nothing stays open then."""
     storage: Storage
     if isinstance(source, (str, os.PathLike)):
         storage = FileStorage.open(source, writable=writable)
@@ -86,6 +104,7 @@ def open_layers(
         locking=locking,
         force_share=force_share,
         writable_below=writable_below,
+        resolver=resolver,
     )
     with ExitStack() as stack:
         walk.stack = stack
@@ -127,9 +146,12 @@ class _Walk:
     locking: LockMode
     force_share: bool
     writable_below: Collection[int] = ()
+    resolver: Resolver | None = None
     stack: ExitStack = field(default_factory=ExitStack)
     seen: dict[object, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
+    # What is to be said of files that the resolver found, by their identity.
+    moved: dict[object, str] = field(default_factory=dict)
 
     def descend(
         self,
@@ -147,8 +169,7 @@ class _Walk:
             depth = len(self.layers) + 1
             self.budget.spend("backing chain layers", value=depth, limit=self.budget.depth)
             changed = len(self.layers) in self.writable_below
-            directory = self._directory(layer, reference)
-            below = self.gate.admit(reference, directory=directory, writable=changed)
+            below, reference = self._admit(layer, reference, writable=changed)
             self._hold(below, reference)
             above = layer.metadata
             layer = self._load(
@@ -163,6 +184,46 @@ class _Walk:
             else:
                 writing = writable or bool(self.writable_below)
                 self._match_backing(above, layer, reference, writing=writing)
+
+    def _admit(
+        self, above: Layer, reference: Reference, *, writable: bool
+    ) -> tuple[FileStorage, Reference]:
+        """The file under the name that `above` has, or the disk that it has recorded, with the name
+        by which that was found."""
+        directory = self._directory(above, reference)
+        guid = _recorded_guid(above.metadata)
+        try:
+            storage = self.gate.admit(reference, directory=directory, writable=writable)
+        except (ReferenceDenied, StorageError):
+            found = self._resolve(guid, reference, directory, writable=writable)
+            if found is None:
+                raise
+            return found
+        if self.resolver is None or guid is None or _is_disk(storage, guid):
+            return storage, reference
+        found = self._resolve(guid, reference, directory, writable=writable)
+        if found is None:
+            return storage, reference
+        storage.close()
+        return found
+
+    def _resolve(
+        self, guid: UUID | None, reference: Reference, directory: Path, *, writable: bool
+    ) -> tuple[FileStorage, Reference] | None:
+        """Seed 002-12: what the resolver says is a name like any other, for the gate to judge."""
+        if self.resolver is None or guid is None:
+            return None
+        for path in self.resolver.find(guid):
+            other = replace(reference, names=(os.fspath(path),))
+            with contextlib.suppress(ReferenceDenied, StorageError):
+                storage = self.gate.admit(other, directory=directory, writable=writable)
+                if _is_disk(storage, guid):
+                    self.moved[storage.identity] = (
+                        f"{_label(reference)}: {path} is the recorded disk and was opened instead"
+                    )
+                    return storage, other
+                storage.close()
+        return None
 
     def _hold(self, storage: Storage, reference: Reference | None = None) -> None:
         """Close it if the walk fails; refuse a file that is in the chain already."""
@@ -192,6 +253,8 @@ class _Walk:
         found = probe_format(storage) if format is None else format
         if format is None and reference is not None:
             warnings.append(f"{_label(reference)} has no declared format; {found} was probed")
+        if isinstance(storage, FileStorage) and storage.identity in self.moved:
+            warnings.append(self.moved[storage.identity])
         metadata = load_metadata(storage, found, budget=self.budget)
         layer = Layer(
             storage=storage,
@@ -276,6 +339,21 @@ class _Walk:
 def _backing(metadata: Metadata) -> Reference | None:
     kinds = (ReferenceKind.BACKING, ReferenceKind.PARENT)
     return next((one for one in metadata.references if one.kind in kinds), None)
+
+
+def _recorded_guid(metadata: Metadata) -> UUID | None:
+    """Which disk the file below has to be, where the image says so."""
+    if isinstance(metadata, VhdMetadata):
+        return metadata.parent_id
+    recorded = metadata.backing_identity if isinstance(metadata, Qcow2Metadata) else None
+    return None if recorded is None else recorded.guid
+
+
+def _is_disk(storage: Storage, guid: UUID) -> bool:
+    try:
+        return load_guid(storage) == guid
+    except StorageError:
+        return False
 
 
 def _label(reference: Reference) -> str:

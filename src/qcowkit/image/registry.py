@@ -15,7 +15,7 @@ from qcowkit.errors import RequestError
 from qcowkit.image.chain import Chain, no_snapshots
 from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.gate import ReferenceGate
-from qcowkit.image.lineage import Layer, close_layers, open_layers
+from qcowkit.image.lineage import Layer, Resolver, close_layers, open_layers
 from qcowkit.image.luks import LuksImage
 from qcowkit.image.luks_write import WritableLuksImage
 from qcowkit.image.protocol import Image, WritableImage
@@ -38,6 +38,7 @@ def open_chain(
     writable: bool = False,
     options: OpenOptions = DEFAULT_OPTIONS,
     secrets: bytes | Mapping[int, bytes] | None = None,
+    resolver: Resolver | None = None,
 ) -> Chain:
     """Open a disk image, and what it refers to.
 
@@ -46,8 +47,10 @@ def open_chain(
     snapshot, whose disk is then opened in place of the active one. follow_backing: False opens the
     top image alone. writable: the top image may be changed; needs a format where the content looks
     raw. options: caches, locks, overlap checks. secrets: the passphrase of every encrypted layer,
-    or one for each by its depth in the chain, 0 for the top. Raises any QcowkitError, ImageBusy
-    where another use of a file excludes this one; nothing stays open then."""
+    or one for each by its depth in the chain, 0 for the top. resolver: asked where a backing file
+    is not the disk that was recorded; it widens nothing that the gate allows. Raises any
+    QcowkitError, ImageBusy where another use of a file excludes this one; nothing stays open then.
+    """
     if secrets is not None:
         options = replace(options, secrets=Secrets.of(secrets))
     layers = open_layers(
@@ -59,6 +62,7 @@ def open_chain(
         writable=writable,
         locking=options.locking,
         force_share=options.force_share,
+        resolver=resolver,
     )
     try:
         if writable:
