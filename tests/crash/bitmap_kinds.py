@@ -8,8 +8,8 @@ import numpy as np
 
 from qcowkit.budget import TRUSTED
 from qcowkit.engine.options import OpenOptions
+from qcowkit.engine.qcow2.bitmap_bits import load_bits
 from qcowkit.engine.qcow2.bitmap_edit import BitmapEditor
-from qcowkit.engine.qcow2.bitmap_store import load_bits
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.extents.bits import GranuleBits
 from qcowkit.storage.protocol import Storage

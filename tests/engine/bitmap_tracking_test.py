@@ -11,7 +11,7 @@ import pytest
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.bitmaps import BitmapFlag
 from qcowkit.engine.options import OpenOptions
-from qcowkit.engine.qcow2.bitmap_store import load_bits
+from qcowkit.engine.qcow2.bitmap_bits import load_bits
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.errors import BudgetExceeded, CorruptMetadata, QcowkitError, RequestError
 from qcowkit.extents.ranges import RangeSet

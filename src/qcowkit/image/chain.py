@@ -135,6 +135,14 @@ class Chain:
             result = overlay(tables.pop(), result)
         return clip(result, start, stop)
 
+    def bitmap_extents(self, name: str) -> ExtentTable:
+        """The whole disk as a persistent bitmap of the top image sees it: rows are DIRTY, or have
+        no flag. Raises RequestError where there is no such bitmap, or an inconsistent one."""
+        top = self.images[0]
+        if not isinstance(top, Qcow2Image):
+            raise RequestError(f"bitmap {name!r}: {self.format} images have no bitmaps")
+        return top.bitmap(name).extents()
+
     def iter_extents(
         self, *, start: int = 0, length: int | None = None, align: int = 1
     ) -> Iterator[ExtentTable]:

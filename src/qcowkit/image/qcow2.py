@@ -12,6 +12,7 @@ from qcowkit.codecs.qcow2.entries import EntryRules
 from qcowkit.codecs.qcow2.runs import ContiguousRuns
 from qcowkit.engine.holes import load_host_data, mark_holes
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
+from qcowkit.engine.qcow2.bitmap_bits import find_bitmap, load_bits
 from qcowkit.engine.qcow2.cache_sizes import (
     DEFAULT_L2_MAXIMUM,
     full_l2_bytes,
@@ -26,6 +27,7 @@ from qcowkit.engine.qcow2.runs import RunMapping, usable_runs
 from qcowkit.engine.qcow2.tables import L2Tables, load_l1
 from qcowkit.engine.ranges import check_range
 from qcowkit.errors import RequestError
+from qcowkit.extents.bits import GranuleBits
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit
 from qcowkit.image.plain import read_encrypted, read_plain
@@ -67,6 +69,7 @@ class Qcow2Image:
         self.mapping = _open_mapping(metadata, storage, budget, snapshot, options, runs)
         self.size = self.mapping.size
         self._budget, self._options, self._owner = budget, options, owner
+        self._is_snapshot = snapshot is not None
         if owner is None:
             self.cipher = open_cipher(metadata, storage, secret=secret, budget=budget)
         else:
@@ -89,6 +92,20 @@ class Qcow2Image:
             snapshot=id_or_name,
             options=self._options,
             owner=self,
+        )
+
+    def bitmap(self, name: str) -> GranuleBits:
+        """What a persistent bitmap says of the disk. Raises RequestError where there is none, or an
+        inconsistent one, CorruptMetadata and BudgetExceeded."""
+        if self._is_snapshot:
+            raise RequestError(f"bitmap {name!r} is of the current disk, not of a snapshot")
+        metadata = self.metadata
+        return load_bits(
+            self.storage,
+            find_bitmap(metadata.bitmaps, name),
+            geometry=metadata.geometry,
+            size=self.size,
+            budget=self._budget,
         )
 
     def extents(self, *, start: int, length: int, limit: int | None = None) -> ExtentTable:

@@ -13,6 +13,7 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.engine.qcow2.state import Places
 from qcowkit.errors import CorruptMetadata, UnsupportedFeature
+from qcowkit.extents.bits import GranuleBits
 from qcowkit.image.protocol import Below
 from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.storage.protocol import Storage
@@ -94,6 +95,10 @@ class WritableQcow2Image(Qcow2Image):
     def discard(self, *, offset: int, length: int) -> None:
         """See `WritableImage.discard`."""
         self.disk.discard(offset=offset, length=length)
+
+    def bitmap(self, name: str) -> GranuleBits:
+        """See `Qcow2Image.bitmap`; what was recorded since the image was opened is among it."""
+        return self.disk.bitmap(name)
 
     def flush(self) -> None:
         """See `WritableImage.flush`."""

@@ -13,12 +13,13 @@ from typing import Any
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.bitmaps import BitmapEntry
 from qcowkit.engine.barriers import Barriers, Observer, ignore_event
+from qcowkit.engine.qcow2.bitmap_bits import find_bitmap, load_bits
 from qcowkit.engine.qcow2.bitmap_edit import BitmapEditor
-from qcowkit.engine.qcow2.bitmap_store import find_bitmap, load_bits
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.extents.bits import GranuleBits
+from qcowkit.extents.table import ExtentTable, Flag
 from qcowkit.image.lineage import Layer
 from qcowkit.operations.info import describe_bitmap
 from qcowkit.storage.protocol import Storage
@@ -164,6 +165,38 @@ def open_editor(
     barriers = Barriers(layer.storage, observe=observe)
     metadata = recover_for_writing(layer.storage, metadata, barriers=barriers)
     return BitmapEditor(layer.storage, metadata, budget=budget, observe=observe)
+
+
+def iter_bitmap_json(table: ExtentTable) -> Iterator[bytes]:
+    """The rows of `Chain.bitmap_extents` as one JSON array, an object a line."""
+    if not len(table):
+        yield b"[]\n"
+        return
+    before = b"["
+    for row in table:
+        dirty = b"true" if row.flags & Flag.DIRTY else b"false"
+        yield b'%s{"start": %d, "length": %d, "dirty": %s}' % (
+            before,
+            row.start,
+            row.length,
+            dirty,
+        )
+        before = b",\n "
+    yield b"]\n"
+
+
+def render_bitmap_map(table: ExtentTable) -> Iterator[str]:
+    """The same as lines to read, without line ends; the last one has the sum."""
+    digits = max(8, len(f"{table.end:x}")) + 2
+    yield f"{'start':>{digits}}  {'end':>{digits}}  {'size':>9}  state"
+    total = 0
+    for row in table:
+        dirty = bool(row.flags & Flag.DIRTY)
+        total += row.length if dirty else 0
+        end = row.start + row.length
+        size, state = format_size(row.length), "dirty" if dirty else "clean"
+        yield f"{row.start:#{digits}x}  {end:#{digits}x}  {size:>9}  {state}"
+    yield f"{format_size(total)} of {format_size(table.end - table.begin)} dirty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

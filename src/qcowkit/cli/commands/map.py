@@ -20,7 +20,9 @@ from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_bytes, write_lines, write_text
 from qcowkit.errors import RequestError
+from qcowkit.extents.algebra import clip
 from qcowkit.image.chain import Chain
+from qcowkit.operations.bitmap import iter_bitmap_json, render_bitmap_map
 from qcowkit.operations.map import iter_map_json, render_map_text
 from qcowkit.operations.plot import plot_png, plot_svg, plot_terminal
 from qcowkit.storage.atomic import AtomicOutput
@@ -52,6 +54,11 @@ def configure(parser: Parser) -> None:
     add_snapshot(parser, "--snapshot", what="FILE")
     add_output(parser)
     parser.add_argument(
+        "--bitmap",
+        metavar="NAME",
+        help="list what a persistent bitmap of the image records, dirty or clean",
+    )
+    parser.add_argument(
         "--plot", action="store_true", help="draw the map of the whole disk in the terminal"
     )
     parser.add_argument(
@@ -63,6 +70,7 @@ def configure(parser: Parser) -> None:
     parser.examples(
         "qcow map disk.qcow2",
         "qcow map --output=json -s 1G -l 64M disk.qcow2",
+        "qcow map --bitmap monday --output=json disk.qcow2",
         "qcow map --plot disk.qcow2",
         "qcow map --plot-file disk.svg disk.qcow2",
     )
@@ -71,9 +79,14 @@ def configure(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     """Print or draw the map."""
     kind = _picture_kind(args.plot_file)
+    if args.bitmap is not None and (args.plot or kind):
+        raise RequestError("--bitmap excludes --plot and --plot-file")
     title = os.path.basename(args.file)
     parse_objects(args.objects)
     with open_disk(args, args.file, format=args.format, snapshot=args.snapshot) as chain:
+        if args.bitmap is not None:
+            _list_bitmap(args, chain)
+            return exits.SUCCESS
         if args.plot:
             write_text(_in_terminal(chain).rstrip("\n") + "\n")
         if kind == "svg":
@@ -88,6 +101,19 @@ def run(args: Namespace) -> int:
         names = [str(layer.path) for layer in chain.layers]
         write_lines(render_map_text(chain, start=args.start, length=args.length, files=names))
     return exits.SUCCESS
+
+
+def _list_bitmap(args: Namespace, chain: Chain) -> None:
+    """What a bitmap says of the part of the disk that was asked for."""
+    if args.start > chain.size:
+        raise RequestError(f"start offset {args.start} is beyond the disk of {chain.size} bytes")
+    rest = chain.size - args.start
+    length = rest if args.length is None else min(args.length, rest)
+    table = clip(chain.bitmap_extents(args.bitmap), args.start, args.start + length)
+    if args.output == "json":
+        write_bytes(iter_bitmap_json(table))
+    else:
+        write_lines(render_bitmap_map(table))
 
 
 def _picture_kind(name: str | None) -> str | None:

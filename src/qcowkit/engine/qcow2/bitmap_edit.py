@@ -18,13 +18,8 @@ from qcowkit.codecs.qcow2.entries import EntryRules
 from qcowkit.codecs.qcow2.extensions import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
 from qcowkit.engine.barriers import Observer, ignore_event
 from qcowkit.engine.options import DEFAULT_OPTIONS
-from qcowkit.engine.qcow2.bitmap_store import (
-    BitmapStore,
-    StoredBitmap,
-    check_bitmap_size,
-    find_bitmap,
-    require_consistent,
-)
+from qcowkit.engine.qcow2.bitmap_bits import check_bitmap_size, find_bitmap, require_consistent
+from qcowkit.engine.qcow2.bitmap_store import BitmapStore, StoredBitmap
 from qcowkit.engine.qcow2.cache_sizes import plan_cache_sizes
 from qcowkit.engine.qcow2.disk import open_state
 from qcowkit.engine.qcow2.mapping import Mapping

@@ -9,12 +9,8 @@ from dataclasses import replace
 
 from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.bitmaps import BitmapEntry, BitmapFlag
-from qcowkit.engine.qcow2.bitmap_store import (
-    BitmapStore,
-    StoredBitmap,
-    check_bitmap_size,
-    find_bitmap,
-)
+from qcowkit.engine.qcow2.bitmap_bits import check_bitmap_size, find_bitmap
+from qcowkit.engine.qcow2.bitmap_store import BitmapStore, StoredBitmap
 from qcowkit.engine.qcow2.state import WriteState
 from qcowkit.extents.bits import GranuleBits
 
