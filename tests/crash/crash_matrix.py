@@ -16,6 +16,8 @@ _EAGER = OpenOptions(discard=True, pass_discard_other=True)
 # Caches of the least size: tables are written back in the middle of operations.
 _TIGHT = OpenOptions(l2_cache_size=1 * KiB, l2_cache_entry_size=512, refcount_cache_size=2 * KiB)
 
+_LUKS = {"encrypt.format": "luks", "encrypt.cipher-alg": "aes-128", "encrypt.iter-time": 1}
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -143,6 +145,30 @@ KINDS = {
             size=128 * KiB,
             capacity=192 * KiB,
             options={"cluster_size": 4 * KiB, "compression_type": "zstd"},
+        ),
+        DiskKind(
+            name="legacy encryption, backing",
+            size=64 * KiB,
+            capacity=96 * KiB,
+            backing=40 * KiB,
+            options={"cluster_size": KiB, "encrypt.format": "aes"},
+            secret=b"crash",
+        ),
+        DiskKind(
+            name="luks, backing",
+            size=64 * KiB,
+            capacity=96 * KiB,
+            backing=80 * KiB,
+            options={"cluster_size": 4 * KiB, **_LUKS},
+            open_options=_EAGER,
+            secret=b"crash",
+        ),
+        DiskKind(
+            name="luks, subclusters",
+            size=96 * KiB,
+            capacity=128 * KiB,
+            options={"cluster_size": 16 * KiB, "extended_l2": True, **_LUKS},
+            secret=b"crash",
         ),
         DiskKind(
             name="clusters stay with discarded data",

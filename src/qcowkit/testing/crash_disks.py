@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
-from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
+from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.image.chain import Chain
 from qcowkit.image.lineage import Layer
 from qcowkit.image.metadata import load_metadata
@@ -37,7 +37,8 @@ class DiskKind:
     own size if 0. backing: of the raw file below, 0 for none. filled: written and flushed before
     the journal begins, so that a run starts close to a growth. data_file: guest data lie in a
     second file. open_options: of every opening for writing. discard_clears: see `CrashFiles`.
-    autoclear: feature bits of a program that nobody knows, set in the header at the start."""
+    autoclear: feature bits of a program that nobody knows, set in the header at the start. secret:
+    the passphrase of an encrypted image."""
 
     name: str
     format: str = "qcow2"
@@ -50,6 +51,7 @@ class DiskKind:
     open_options: OpenOptions = DEFAULT_OPTIONS
     discard_clears: bool = True
     autoclear: int = 0
+    secret: bytes | None = None
 
     @property
     def cluster_size(self) -> int:
@@ -59,7 +61,7 @@ class DiskKind:
     @property
     def compresses(self) -> bool:
         """Whether compressed clusters can be written."""
-        return self.format == "qcow2" and not self.data_file
+        return self.format == "qcow2" and not self.data_file and self.secret is None
 
     @property
     def sectors(self) -> int:
@@ -87,7 +89,7 @@ class DiskKind:
             values["data_file"] = "data"
         if self.backing:
             values |= {"backing_file": "base", "backing_fmt": "raw"}
-        options = CreateOptions(format=self.format, values=values)
+        options = CreateOptions(format=self.format, values=values, secret=self.secret)
         data = files.open(1) if self.data_file else None
         target, _ = open_target(files.open(), options, size=self.size, data_storage=data)
         target.finish()
@@ -118,11 +120,12 @@ class DiskKind:
         if self.backing:
             base = self._base().open(writable=False)
             layers.append(Layer(storage=base, metadata=load_metadata(base, "raw", budget=TRUSTED)))
+        secrets = Secrets.of(self.secret)
         if writable:
             # A disk whose power was cut is never closed: nothing may go on running for it.
-            options = replace(self.open_options, cache_clean_interval=0)
+            options = replace(self.open_options, cache_clean_interval=0, secrets=secrets)
             return build_chain(layers, writable=True, options=options)
-        return build_chain(layers)
+        return build_chain(layers, options=OpenOptions(secrets=secrets))
 
     def _base(self) -> CrashFiles:
         stamps = make_stamps(first=0, count=self.backing // SECTOR, value=BACKING_VALUE)

@@ -270,13 +270,19 @@ class PeerCheck:
     """B by another's judgement: `qemu-img check` finds leaks at most. Dirty images are left out.
 
     paths: where copies of the files go; names inside of images are looked up from the directory
-    of the first. every: one of that many states is shown to it."""
+    of the first. every: one of that many states is shown to it. secret: of an encrypted image."""
 
     name = "qemu-img check"
     _LEAKS = 3
 
-    def __init__(self, paths: Sequence[Path], *, every: int) -> None:
+    def __init__(self, paths: Sequence[Path], *, every: int, secret: bytes | None = None) -> None:
         self._paths = tuple(paths)
+        self._image = ["-f", "qcow2", str(self._paths[0])]
+        if secret is not None:
+            self._image = [
+                *("--object", f"secret,id=s,data={secret.decode()}", "--image-opts"),
+                f"driver=qcow2,encrypt.key-secret=s,file.filename={self._paths[0]}",
+            ]
         self._every = every
         self._count = 0
 
@@ -289,7 +295,7 @@ class PeerCheck:
             return
         for path, content in zip(self._paths, disk.state.contents, strict=True):
             path.write_bytes(content.to_bytes())
-        command = ["qemu-img", "check", "-f", "qcow2", str(self._paths[0])]
+        command = ["qemu-img", "check", *self._image]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=self._paths[0].parent
         )
