@@ -24,6 +24,8 @@ from qcowkit.units import MiB
 from tests.command import qcow
 from tests.peers import run_peer
 
+pytestmark = pytest.mark.pinned("moves images and leaves their data files", "data_file")
+
 GUID = UUID("6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 
 

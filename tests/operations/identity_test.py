@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from qcowkit.budget import TRUSTED
-from qcowkit.codecs.qcow2.header import Incompatible
+from qcowkit.codecs.qcow2.header import FIELD_OFFSETS, Incompatible
 from qcowkit.codecs.qcow2.identity import BackingIdentity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.vhd.metadata import load_vhd_metadata
@@ -59,6 +59,7 @@ def amend(path: str, guid: UUID | None, **options: Any) -> Qcow2Metadata:
         close_layers(layers)
 
 
+@pytest.mark.pinned("compares two files, whose data files differ by name", "data_file")
 def test_an_image_has_no_identity_unless_it_is_asked_for() -> None:
     qcow("create", "-q", "-f", "qcow2", "plain.qcow2", "1M")
     qcow("create", "-q", "-f", "qcow2", "-o", "guid=none", "none.qcow2", "1M")
@@ -125,6 +126,7 @@ def test_a_converted_image_records_its_base() -> None:
     assert load("top.qcow2").backing_identity == BackingIdentity(guid=base, length=MiB)
 
 
+@pytest.mark.pinned("-n refuses images with a data file", "data_file")
 def test_a_conversion_into_an_image_keeps_its_identity() -> None:
     create("base.qcow2")
     overlay()
@@ -134,6 +136,7 @@ def test_a_conversion_into_an_image_keeps_its_identity() -> None:
     assert load("top.qcow2").extensions.identity == before
 
 
+@pytest.mark.pinned("looks at lines of the text by a word", "data_file")
 def test_info_shows_both_guids() -> None:
     base, own = create("base.qcow2"), overlay()
     data = qcow("info", "--output=json", "top.qcow2").json()["format-specific"]["data"]
@@ -158,6 +161,7 @@ def test_info_of_a_chain_warns_of_another_disk() -> None:
     )
 
 
+@pytest.mark.pinned("takes snapshots", "data_file", "refcount_bits=1")
 def test_what_rewrites_metadata_keeps_the_identity() -> None:
     create("base.qcow2")
     overlay()
@@ -203,9 +207,11 @@ def test_only_qcow2_images_are_amended() -> None:
         amend("disk.vhd", OWN)
 
 
+@pytest.mark.pinned("sets a bit that version 2 does not have", "compat=0.10")
 def test_a_corrupt_image_is_not_amended() -> None:
-    image = build_qcow2().set_field("incompatible_features", int(Incompatible.CORRUPT))
-    Path("disk.qcow2").write_bytes(image.to_bytes())
+    raw = bytearray(build_qcow2().to_bytes())
+    raw[FIELD_OFFSETS["incompatible_features"] + 7] |= Incompatible.CORRUPT
+    Path("disk.qcow2").write_bytes(raw)
     with pytest.raises(CorruptMetadata, match="the corrupt bit is set"):
         amend("disk.qcow2", OWN)
 
@@ -228,6 +234,7 @@ def test_the_command_amends_and_says_so() -> None:
     assert load("top.qcow2").extensions.identity is None
 
 
+@pytest.mark.pinned("version 2 has no other options", "compat=0.10")
 def test_an_identity_is_amended_together_with_other_options() -> None:
     create("disk.qcow2")
     qcow("io", "-c", "write -P 7 0 64k", "disk.qcow2")
@@ -276,8 +283,8 @@ def test_nothing_is_committed_into_another_disk() -> None:
     assert Path("base.qcow2").read_bytes() == before
 
 
-@pytest.mark.peer("qemu-img")
-@pytest.mark.peer("qemu-io")
+@pytest.mark.pinned("takes snapshots, amends", "data_file", "compat=0.10", "refcount_bits=1")
+@pytest.mark.peer("qemu-img", "qemu-io")
 def test_qemu_uses_the_image_and_keeps_the_identity() -> None:
     create("base.qcow2")
     overlay()
