@@ -12,8 +12,8 @@ import pytest
 
 from qcowkit.errors import Cancelled, RequestError, UnsupportedFeature
 from qcowkit.extents.table import Flag
+from qcowkit.operations.pairs import unequal_units
 from qcowkit.operations.rebase import NewBase, Rebased, RebaseOptions, rebase_layers
-from qcowkit.operations.rebase_copy import unequal_units
 from qcowkit.testing.crash_effects import Content
 from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.units import KiB

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qcowkit.extents.algebra import clip
 from qcowkit.extents.differences import may_differ, pad_to
@@ -15,6 +16,9 @@ from qcowkit.image.chain import WINDOW_ENTRIES, Chain
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import align_down
+
+Bytes = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +80,26 @@ def _files_of(disk: Chain | None, numbers: dict[object, int]) -> Int64Array:
 
 def _identity(storage: Storage) -> object:
     return storage.identity if isinstance(storage, FileStorage) else id(storage)
+
+
+def read_part(
+    disk: Chain | None, table: ExtentTable, buffer: Bytes, *, start: int, stop: int
+) -> None:
+    """Fill the buffer with guest bytes [start, stop) of one of the two disks. table: its own of the
+    pair, which holds the range. Raises what reading raises."""
+    view = buffer[: stop - start]
+    if disk is None:
+        view.fill(0)
+    else:
+        disk.read_table(clip(table, start, stop), view.data)
+
+
+def unequal_units(left: Bytes, right: Bytes, unit: int) -> Mask:
+    """For each unit of bytes whether the two differ; equal shapes (n,), the last may be short."""
+    whole = len(left) // unit
+    cut = whole * unit
+    words = left[:cut].view(np.uint64) != right[:cut].view(np.uint64)
+    found: Mask = words.reshape(whole, unit // 8).any(axis=1)
+    if cut == len(left):
+        return found
+    return np.append(found, not np.array_equal(left[cut:], right[cut:]))

@@ -7,23 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from qcowkit.engine.batches import plan_batches, rows_of, runs_of
 from qcowkit.engine.executor import BufferPool, ProgressReport, Workers
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
-from qcowkit.extents.algebra import clip
 from qcowkit.extents.ranges import RangeSet
-from qcowkit.extents.table import ExtentTable, Flag
+from qcowkit.extents.table import Flag
 from qcowkit.extents.zeros import zero_units
 from qcowkit.image.chain import Chain
-from qcowkit.operations.pairs import Pair, iter_pairs
+from qcowkit.operations.pairs import Bytes, Mask, Pair, iter_pairs, read_part, unequal_units
 from qcowkit.units import MiB
 
 WINDOW = 2 * MiB
 _MOST_ENTRIES = 1 << 17
-Bytes = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +98,8 @@ class RebaseCopy:
             # A cluster is compressed as a whole.
             reach = wanted.scale_outward(self._cluster).scale_up(self._cluster)
             reach = reach.clip(pair.start, pair.stop)
-        starts, stops = plan_batches(reach, window=window)
+        gaps = reach.complement(pair.start, pair.stop)
+        starts, stops = plan_batches(reach, window=window, barriers=gaps)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             yield _Batch(pair=pair, start=start, stop=stop, wanted=wanted.clip(start, stop))
 
@@ -118,8 +115,9 @@ class RebaseCopy:
     def _compare(self, batch: _Batch) -> _Found:
         """Runs in workers."""
         length = batch.stop - batch.start
-        left = self._read(self._below, batch.pair.first, batch.start, batch.stop)
-        right = self._read(self._other, batch.pair.second, batch.start, batch.stop)
+        left, right = self._pool.take(), self._pool.take()
+        read_part(self._below, batch.pair.first, left, start=batch.start, stop=batch.stop)
+        read_part(self._other, batch.pair.second, right, start=batch.start, stop=batch.stop)
         try:
             differs = unequal_units(left[:length], right[:length], self._unit)
         finally:
@@ -133,14 +131,6 @@ class RebaseCopy:
             differs=differs,
             zero=zero_units(left[:length], self._unit) & self._has_zeros,
         )
-
-    def _read(self, disk: Chain | None, table: ExtentTable, start: int, stop: int) -> Bytes:
-        buffer = self._pool.take()
-        if disk is None:
-            buffer[: stop - start] = 0
-        else:
-            disk.read_table(clip(table, start, stop), buffer.data[: stop - start])
-        return buffer
 
     def _store(self, found: _Found) -> None:
         """Write into the top what the old chain shows, where the new one differs."""
@@ -181,14 +171,3 @@ class RebaseCopy:
                 packed[units] = True
         found.differs[packed] = False
         return packed
-
-
-def unequal_units(left: Bytes, right: Bytes, unit: int) -> Mask:
-    """For each unit of bytes whether the two differ; equal shapes (n,), the last may be short."""
-    whole = len(left) // unit
-    cut = whole * unit
-    words = left[:cut].view(np.uint64) != right[:cut].view(np.uint64)
-    found: Mask = words.reshape(whole, unit // 8).any(axis=1)
-    if cut == len(left):
-        return found
-    return np.append(found, not np.array_equal(left[cut:], right[cut:]))
