@@ -129,6 +129,7 @@ def test_version_2_images_hold_none(tmp_path: Path) -> None:
     assert "version 2 images (compat=0.10) hold none" in failed.err
 
 
+@pytest.mark.pinned("snapshots", "data_file", "compat=0.10")
 def test_going_back_to_a_snapshot_needs_an_image_without_bitmaps(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qcow("create", "-q", "-f", "qcow2", "-o", "refcount_bits=16", path, "1M")

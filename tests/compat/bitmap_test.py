@@ -196,7 +196,8 @@ def test_qemu_takes_a_bitmap_for_inconsistent_after_our_crash(tmp_path: Path) ->
     qcow("bitmap", "--add", path, "b")
     run_and_die = (
         "import os, sys, qcowkit\n"
-        "disk = qcowkit.open(sys.argv[1], writable=True)\n"
+        "gate = qcowkit.ReferenceGate.below_image()\n"
+        "disk = qcowkit.open(sys.argv[1], writable=True, gate=gate)\n"
         "disk.write(b'x' * 512, offset=0)\n"
         "disk.flush()\n"
         "os._exit(0)\n"

@@ -23,6 +23,7 @@ BROKEN = BitmapSpec(name="broken", flags=int(BitmapFlag.IN_USE))
 
 
 def memory_with(*bitmaps: BitmapSpec, **more: Any) -> MemoryStorage:
+    more = {"version": 3, **more}
     return MemoryStorage(build_qcow2(bitmaps=bitmaps, **more).to_bytes())
 
 
