@@ -20,6 +20,7 @@ from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.identity import amend_identity
 from qcowkit.storage.file import FileStorage
 from qcowkit.testing.qcow2_builder import build_qcow2
+from qcowkit.testing.vhd_builder import DIFFERENCING, PARENT_ID, VhdBuilder
 from qcowkit.units import MiB
 from tests.command import qcow
 from tests.peers import run_peer
@@ -143,6 +144,18 @@ def test_info_shows_both_guids() -> None:
     assert (data["guid"], data["backing-guid"]) == (str(own), str(base))
     lines = qcow("info", "top.qcow2").out.decode().splitlines()
     assert [line.split()[-1] for line in lines if "guid" in line] == [str(own), str(base)]
+
+
+def test_info_shows_the_unique_ids_of_vhds() -> None:
+    child = VhdBuilder(size=8192, disk_type=DIFFERENCING)
+    child.locator(b"W2ru", ".\\parent.vhd".encode("utf-16-le"))
+    Path("child.vhd").write_bytes(child.build())
+    with FileStorage.open("child.vhd") as storage:
+        own = load_vhd_metadata(storage, budget=TRUSTED).unique_id
+    found = qcow("info", "--output=json", "child.vhd").json()["format-specific"]
+    assert found == {"type": "vpc", "data": {"guid": str(own), "backing-guid": str(PARENT_ID)}}
+    lines = qcow("info", "child.vhd").out.decode().splitlines()
+    assert [line.split()[-1] for line in lines if "guid" in line] == [str(own), str(PARENT_ID)]
 
 
 def test_info_of_an_image_without_them_has_no_such_words() -> None:

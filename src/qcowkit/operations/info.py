@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcowkit.engine.luks.metadata import LuksMetadata
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.vhd.metadata import VhdMetadata
 from qcowkit.references import Reference, ReferenceKind
 from qcowkit.units import SECTOR, align_up, format_size
 
@@ -52,6 +53,8 @@ def describe_image(layer: Layer) -> Info:
             info["encrypted"] = True
             data = {key: value for key, value in _luks(metadata.header).items() if key != "format"}
             info["format-specific"] = {"type": "luks", "data": data}
+        if isinstance(metadata, VhdMetadata):
+            info["format-specific"] = {"type": "vpc", "data": _vhd_data(metadata)}
         # A fixed disk has no clusters to speak of.
         if getattr(metadata, "subformat", "fixed") != "fixed":
             info["cluster-size"] = getattr(metadata, "cluster_size", 0)
@@ -133,6 +136,14 @@ def describe_bitmap(entry: BitmapEntry) -> Info:
     flags = {"in-use": entry.in_use, "auto": entry.auto}
     names = [name for name, is_set in flags.items() if is_set]
     return {"name": entry.name, "granularity": entry.granularity, "flags": names}
+
+
+def _vhd_data(metadata: VhdMetadata) -> Info:
+    """Ours alone: qemu has nothing to say of a VHD. The words are those of qcow2 images."""
+    data: Info = {"guid": str(metadata.unique_id)}
+    if metadata.parent_id is not None:
+        data["backing-guid"] = str(metadata.parent_id)
+    return data
 
 
 def _luks(header: LuksHeader) -> Info:
