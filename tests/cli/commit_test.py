@@ -97,3 +97,44 @@ def test_a_base_outside_of_its_directory_is_not_written(tmp_path: Path) -> None:
     assert "not admitted" in done.err
     assert base.read_bytes() == before
     qcow("commit", "--allow", tmp_path, moved)
+
+
+def test_the_length_of_the_grown_base_is_recorded(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qcow("create", "-q", "-f", "qcow2", "-o", "guid=auto", base, "1M")
+    words = ("-o", "guid=auto", "-b", "base.qcow2", "-F", "qcow2")
+    qcow("create", "-q", "-f", "qcow2", *words, top, "2M")
+    qcow("commit", "-q", top)
+    assert qcow("io", "-r", "-c", "read -q 0 2M", top).err == ""
+
+
+@pytest.mark.pinned("it names the method", "compat=0.10", "data_file")
+def test_encrypted_layers_are_committed(tmp_path: Path) -> None:
+    secret = ("--object", "secret,id=s,data=word")
+    words = ("-o", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s")
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qcow("create", "-q", *secret, "-f", "qcow2", *words, base, "2M")
+    backing = ("-b", "base.qcow2", "-F", "qcow2")
+    qcow("create", "-q", *secret, "-f", "qcow2", *words, *backing, top, "2M")
+    qcow("io", *secret, "-c", "write -q -P 5 1M 100k", top)
+    qcow("commit", "-q", *secret, top)
+    for path in (base, top):
+        qcow("io", *secret, "-r", "-c", "read -q -P 5 1M 100k", path)
+        qcow("check", "-q", path)
+    assert {one["depth"] for one in qcow("map", *secret, "--output=json", top).json()} == {1}
+
+
+@pytest.mark.pinned("it has a data file of its own")
+def test_an_overlay_with_a_data_file_is_emptied(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    base.write_bytes(b"\1" * (4 << 20))
+    words = ("-o", "data_file=top.data", "-b", "base.raw", "-F", "raw")
+    qcow("create", "-q", "-f", "qcow2", *words, top)
+    qcow("io", "-c", "write -q -P 2 1M 1M", "-c", "write -q -z 3M 64k", top)
+    qcow("commit", "-q", top)
+    assert base.read_bytes()[1 << 20 : 2 << 20] == b"\2" * (1 << 20)
+    assert base.read_bytes()[3 << 20] == 0
+    assert {one["depth"] for one in qcow("map", "--output=json", top).json()} == {1}
+    qcow("check", top)
+    qcow("io", "-c", "write -q -P 6 2M 100k", "-c", "read -q -P 2 1M 1M", top)
+    qcow("check", top)

@@ -127,3 +127,20 @@ def test_the_identity_of_the_new_base_is_recorded(tmp_path: Path) -> None:
     qcow("io", "-c", "write -q 0 64k", top)
     qcow("rebase", "-q", "-u", "-b", "one.qcow2", "-F", "qcow2", top)
     qcow("io", "-c", "write -q 0 64k", top)
+
+
+@pytest.mark.pinned("it names the method", "compat=0.10", "data_file")
+def test_encrypted_layers_are_rebased(tmp_path: Path) -> None:
+    secret = ("--object", "secret,id=s,data=word")
+    words = ("-o", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s")
+    (tmp_path / "two.raw").write_bytes(b"\2" * (2 << 20))
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qcow("create", "-q", *secret, "-f", "qcow2", *words, base, "2M")
+    qcow("io", *secret, "-c", "write -q -P 5 0 2M", base)
+    backing = ("-b", "base.qcow2", "-F", "qcow2")
+    qcow("create", "-q", *secret, "-f", "qcow2", *words, *backing, top)
+    qcow("io", *secret, "-c", "write -q -P 6 1M 1M", top)
+    qcow("rebase", "-q", *secret, "-b", "two.raw", "-F", "raw", top)
+    commands = ("-c", "read -q -P 5 0 1M", "-c", "read -q -P 6 1M 1M")
+    qcow("io", *secret, "-r", *commands, top)
+    qcow("check", "-q", top)

@@ -28,6 +28,7 @@ from qcowkit.engine.findings import Effort
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
 from qcowkit.engine.qcow2.emptying import Emptier
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
+from qcowkit.engine.qcow2.identity import set_identity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
@@ -157,8 +158,10 @@ def commit_layers(
             options=replace(opening, secrets=_secrets_below(opening.secrets, depth)),
         )
         with base:
+            above = _above(layers[:depth], budget=budget, opening=opening)
+            stack.callback(above.close)
             work = _Commit(
-                _above(layers[:depth], budget=budget, opening=opening),
+                above,
                 base,
                 options=options,
                 progress=progress,
@@ -170,6 +173,7 @@ def commit_layers(
         # Durable, and closed without an error: only then the overlay may let go of it.
         if options.empty:
             _empty(layers[0])
+            _note_length(layers[0], base.size)
         return Committed(
             base=_name(layers[depth]),
             copied=work.copied,
@@ -345,6 +349,22 @@ def _empty(layer: Layer) -> None:
         effort=Effort(stored=storage.allocated()),
         data=layer.data_storage,
     ).run()
+
+
+def _note_length(layer: Layer, size: int) -> None:
+    """The base may be longer than the overlay has recorded."""
+    metadata = load_qcow2_metadata(layer.storage)
+    below, guid = metadata.backing_identity, metadata.guid
+    if below is None or below.length == size:
+        return
+    set_identity(
+        layer.storage,
+        metadata,
+        guid=guid,
+        backing_guid=below.guid,
+        backing_length=size,
+        barriers=Barriers(layer.storage),
+    )
 
 
 def _secrets_below(secrets: Secrets, depth: int) -> Secrets:

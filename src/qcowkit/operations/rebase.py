@@ -210,43 +210,48 @@ def rebase_layers(
     """Copy what the new chain would show otherwise, then name the new base.
 
     old: the chain of the image, top first, the top open for writing. new: that of the new base,
-    empty for none. Both stay open. Raises RequestError where it cannot be done; Cancelled,
-    StorageError and CorruptMetadata: the disk shows the same then, over the old base or the new."""
+    empty for none. All are closed at the end. Raises RequestError where it cannot be done, and
+    Cancelled, StorageError and CorruptMetadata: the disk shows the same then, over the old base or
+    the new."""
     options = options or RebaseOptions()
-    _check_image(old[0], base)
-    _check_safe(old)
-    image = build_writable(old[0], budget=budget, options=opening)
-    assert isinstance(image, WritableQcow2Image), "checked before"
-    below = _disk_of(old[1:], budget=budget, opening=opening, depth=1)
-    other = _disk_of(new, budget=budget, opening=opening, depth=1)
-    top = Chain([image, *(below.images if below else ())], layers=old, top=image)
-    work = RebaseCopy(
-        top,
-        below,
-        other,
-        compress=options.compress,
-        threads=options.threads,
-        progress=progress,
-        cancel=cancel,
-    )
-    try:
-        work.run()
-    finally:
-        # Its refcounts are right then, whatever comes; the file stays open, and held.
-        image.disk.close()
-    write_base(old[0].storage, base, new[0].metadata if new else None)
+    with ExitStack() as stack:
+        stack.callback(close_layers, (*old, *new))
+        _check_image(old[0], base)
+        _check_safe(old)
+        image = build_writable(old[0], budget=budget, options=opening)
+        assert isinstance(image, WritableQcow2Image), "checked before"
+        stack.callback(image.close)
+        below = _disk_of(old[1:], stack, budget=budget, opening=opening)
+        other = _disk_of(new, stack, budget=budget, opening=opening)
+        work = RebaseCopy(
+            Chain([image, *(below.images if below else ())], layers=old, top=image),
+            below,
+            other,
+            compress=options.compress,
+            threads=options.threads,
+            progress=progress,
+            cancel=cancel,
+        )
+        try:
+            work.run()
+        finally:
+            # Its refcounts are right then, whatever comes; the file stays open, and held.
+            image.disk.close()
+        write_base(old[0].storage, base, new[0].metadata if new else None)
     return Rebased(base=base.name, copied=work.copied, zeroed=work.zeroed, compared=work.compared)
 
 
 def _disk_of(
-    layers: tuple[Layer, ...], *, budget: Budget, opening: OpenOptions, depth: int
+    layers: tuple[Layer, ...], stack: ExitStack, *, budget: Budget, opening: OpenOptions
 ) -> Chain | None:
-    """The read-only disk of layers that begin at `depth`; None for none."""
+    """The read-only disk below the overlay, which `stack` closes; None for no layers."""
     if not layers:
         return None
-    below = {at - depth: one for at, one in opening.secrets.by_depth.items() if at >= depth}
+    below = {depth - 1: one for depth, one in opening.secrets.by_depth.items() if depth}
     secrets = Secrets(by_depth=below, other=opening.secrets.other)
-    return build_chain(layers, budget=budget, options=replace(opening, secrets=secrets))
+    disk = build_chain(layers, budget=budget, options=replace(opening, secrets=secrets))
+    stack.callback(disk.close)
+    return disk
 
 
 def _beside(path: str | os.PathLike[str], name: str) -> str:
