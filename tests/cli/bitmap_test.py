@@ -37,6 +37,14 @@ def test_an_added_bitmap_records_what_is_written(tmp_path: Path) -> None:
     qcow("check", path)
 
 
+def test_a_session_that_opens_the_disk_again_loses_nothing(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    qcow("bitmap", "--add", "-g", "64k", path, "b")
+    steps = ("write -q 0 64k", "reopen -r", "read -q 0 64k", "reopen -w", "write -q 1M 64k")
+    qcow("io", *(word for step in steps for word in ("-c", step)), path)
+    assert listed(path) == {"b": (65536, 131072, ["auto"])}
+
+
 def test_the_list_is_text_to_read(tmp_path: Path) -> None:
     path = make(tmp_path)
     assert qcow("bitmap", "--list", path).out.decode() == f"{path}: no bitmaps\n"

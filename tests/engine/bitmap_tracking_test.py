@@ -12,6 +12,7 @@ from qcowkit.budget import TRUSTED, Budget
 from qcowkit.codecs.qcow2.bitmaps import BitmapFlag
 from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.bitmap_bits import load_bits
+from qcowkit.engine.qcow2.bitmap_edit import BitmapEditor
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.errors import BudgetExceeded, CorruptMetadata, QcowkitError, RequestError
 from qcowkit.extents.ranges import RangeSet
@@ -170,6 +171,30 @@ def test_opening_again_goes_on_with_what_was_stored() -> None:
     again = Rig(storage=memory)
     wanted = [(cluster * 4096, (cluster + 1) * 4096) for cluster in (1, 5, 9)]
     assert list(again.image.disk.bitmap("b").ranges()) == wanted
+
+
+def test_all_bitmaps_may_go_and_come_between_two_writers() -> None:
+    memory = MemoryStorage(build_qcow2(version=3, bitmaps=(spec(),)).to_bytes())
+    for name in ("b", "other"):
+        rig = Rig(storage=memory)
+        rig.chain.write(b"x", offset=0)
+        rig.image.disk.close()
+        editor = BitmapEditor(memory, load_qcow2_metadata(memory), budget=TRUSTED)
+        assert [one.name for one in editor.entries] == [name]
+        assert editor.bits(name).count == 1
+        editor.remove(name)
+        editor.commit()
+        editor.add("other", granularity=4096)
+        editor.commit()
+    assert list(Rig(storage=memory).image.disk.bitmap("other").ranges()) == []
+
+
+def test_a_disk_without_bitmaps_pays_no_barrier_for_them() -> None:
+    rig = Rig()
+    rig.chain.write(b"x", offset=0)
+    rig.image.disk.close()
+    assert IN_USE not in rig.events
+    assert "switch of the first cluster" not in rig.events
 
 
 def test_the_old_bits_table_and_directory_are_given_back() -> None:
