@@ -93,7 +93,7 @@ def test_granularities_far_apart_merge_both_ways(fine: int, coarse: int) -> None
 
 def test_bits_behind_the_last_granule_are_dropped_on_loading() -> None:
     bits = GranuleBits(size=3 * 512, granularity_bits=9)
-    bits.load(b"\xff\xff", offset=0)
+    bits.put(b"\xff\xff", offset=0)
     assert granules_of(bits) == {0, 1, 2}
 
 

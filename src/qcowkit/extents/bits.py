@@ -71,7 +71,7 @@ class GranuleBits:
         self.raw = np.zeros(self.byte_count, dtype=np.uint8)
         self._view = self.raw.data
 
-    def load(self, data: bytes | Bytes, *, offset: int) -> None:
+    def put(self, data: bytes | Bytes, *, offset: int) -> None:
         """Packed bits from byte `offset` on; what lies behind the last granule is dropped."""
         part = np.frombuffer(data, dtype=np.uint8)[: max(0, len(self.raw) - offset)]
         self.raw[offset : offset + len(part)] = part

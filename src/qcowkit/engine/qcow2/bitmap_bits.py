@@ -47,7 +47,7 @@ def load_bits(
     words = load_bitmap_table(storage, entry, geometry=geometry)
     for index, word in enumerate(words[: ceil_div(needed, cluster)]):
         if word == ALL_ONES:
-            bits.load(b"\xff" * cluster, offset=index * cluster)
+            bits.put(b"\xff" * cluster, offset=index * cluster)
         elif word >= file_size:
             raise CorruptMetadata(
                 "bitmap table",
@@ -56,7 +56,7 @@ def load_bits(
                 reason=f"offset {word:#x} lies behind the end of the file at {file_size:#x}",
             )
         elif word:
-            bits.load(storage.pread(cluster, offset=word), offset=index * cluster)
+            bits.put(storage.pread(cluster, offset=word), offset=index * cluster)
     return bits
 
 
