@@ -214,3 +214,18 @@ def test_space_of_a_deleted_snapshot_goes_back_to_the_host() -> None:
     assert b"old!" not in storage.to_bytes()
     assert content(storage)[: 64 * KiB] == b"new!" * (16 * KiB)
     assert model == bytes(SIZE)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_snapshot_counted_in_pieces_is_the_same(
+    kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bytearray(SIZE)
+    whole = MemoryStorage(build_qcow2(size=SIZE, **kind).to_bytes())
+    scribble(whole, model, 1)
+    pieces = MemoryStorage(whole.to_bytes())
+    snapshots_of(whole).create("s", date_ns=0)
+    monkeypatch.setattr("qcowkit.engine.qcow2.reform.WINDOW", 64)
+    monkeypatch.setattr("qcowkit.engine.qcow2.reform._COUNTED_TOGETHER", 16)
+    snapshots_of(pieces).create("s", date_ns=0)
+    assert pieces.to_bytes() == whole.to_bytes()

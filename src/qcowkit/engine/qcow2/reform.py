@@ -35,6 +35,8 @@ from qcowkit.storage.protocol import Storage
 from qcowkit.units import MiB, ceil_div
 
 _BATCH_BYTES = 4 * MiB
+# Host clusters whose counts are in memory as numbers.
+_COUNTED_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,28 +209,32 @@ class Reform:
     # Counts
 
     def _write_counts(self, change: Change, places: _Places) -> None:
-        """New blocks and table: the old counts and what changes, a window of clusters at a time."""
+        """New blocks and table: the old counts and what changes, a window of clusters at a time.
+
+        For each window all trees are read; of the rest only a part is in memory at once."""
         per_block = self._wanted.refcounts_per_block
-        step = max(WINDOW // per_block, 1) * per_block
+        part = max(_COUNTED_TOGETHER, per_block, self._geometry.refcounts_per_block)
+        step = max(WINDOW, part)
         self._single = np.zeros(places.end, dtype=np.bool_)
-        entries = np.zeros(places.table_clusters * self._size // 8, dtype=np.uint64)
+        blocks = ceil_div(places.end, per_block)
         for base in range(0, places.end, step):
             stop = min(places.end, base + step)
-            counts = self._window(change, places, base, stop)
-            self._single[base:stop] = counts == 1
-            for first in range(base, stop, per_block):
-                block = first // per_block
-                part = counts[first - base : first - base + per_block]
-                raw = self._encode(part)
-                place = (places.blocks + block) * self._size
-                self._storage.pwrite([raw], offset=place)
-                entries[block] = place
-        self._storage.pwrite([entries.astype(">u8").tobytes()], offset=places.table * self._size)
+            delta = self._count_changes(change, places, base, stop)
+            for first in range(base, stop, part):
+                last = min(stop, first + part)
+                counts = self._new_counts(delta[first - base : last - base], first, last)
+                self._single[first:last] = counts == 1
+                place = (places.blocks + first // per_block) * self._size
+                self._storage.pwrite(self._encode(counts), offset=place)
+        entries = np.zeros(places.table_clusters * self._size // 8, dtype=">u8")
+        entries[:blocks] = (np.arange(blocks) + places.blocks) * self._size
+        self._storage.pwrite([entries.tobytes()], offset=places.table * self._size)
 
-    def _window(self, change: Change, places: _Places, base: int, stop: int) -> Int64Array:
-        """Counts of host clusters [base, stop) as they will be."""
-        old = self._old_counts(base, stop)
-        delta = np.zeros(stop - base, dtype=np.int64)
+    def _count_changes(
+        self, change: Change, places: _Places, base: int, stop: int
+    ) -> npt.NDArray[np.int32]:
+        """By how much the counts of host clusters [base, stop) change."""
+        delta = np.zeros(stop - base, dtype=np.int32)
         for sign, trees in ((1, change.added), (-1, change.dropped)):
             for tree in trees:
                 self._count_tree(delta, tree, sign, base, stop)
@@ -239,6 +245,11 @@ class Reform:
         blocks = np.flatnonzero(self._table)
         self._add(delta, hosts_of(self._table[blocks]), -1, base, stop)
         _add_run(delta, self._first - base, places.end - base, 1)
+        return delta
+
+    def _new_counts(self, delta: npt.NDArray[np.int32], base: int, stop: int) -> Int64Array:
+        """Counts of host clusters [base, stop) as they will be."""
+        old = self._old_counts(base, stop)
         counts = old + delta
         self._check(counts, old, base)
         gone = (old > 0) & (counts == 0)
@@ -286,12 +297,14 @@ class Reform:
                 "ones can be had by amend -o refcount_bits"
             )
 
-    def _encode(self, counts: Int64Array) -> bytes:
-        full = np.zeros(self._wanted.refcounts_per_block, dtype=np.uint64)
-        full[: len(counts)] = counts.astype(np.uint64)
-        return encode_refcounts(full, self._wanted.refcount_order)
+    def _encode(self, counts: Int64Array) -> list[bytes]:
+        """Whole refcount blocks, one behind the other."""
+        full = np.pad(counts, (0, -len(counts) % self._wanted.refcounts_per_block))
+        return [encode_refcounts(full.astype(np.uint64), self._wanted.refcount_order)]
 
-    def _count_tree(self, delta: Int64Array, tree: Tree, sign: int, base: int, stop: int) -> None:
+    def _count_tree(
+        self, delta: npt.NDArray[np.int32], tree: Tree, sign: int, base: int, stop: int
+    ) -> None:
         """References of a tree: its clusters, and its tables too where they are dropped."""
         if sign < 0:
             self._add(delta, tree.tables[tree.tables > 0], sign, base, stop)
@@ -303,10 +316,17 @@ class Reform:
                 touched = (first + step)[last >= first + step]
                 self._add(delta, touched << self._bits, sign, base, stop)
 
-    def _add(self, delta: Int64Array, offsets: Int64Array, sign: int, base: int, stop: int) -> None:
+    def _add(
+        self,
+        delta: npt.NDArray[np.int32],
+        offsets: Int64Array,
+        sign: int,
+        base: int,
+        stop: int,
+    ) -> None:
         clusters = offsets >> self._bits
         inside = clusters[(clusters >= base) & (clusters < stop)]
-        np.add.at(delta, inside - base, np.int64(sign))
+        np.add.at(delta, inside - base, np.int32(sign))
 
     # Trees
 
@@ -356,7 +376,7 @@ def split_views(words: Uint64Array, extended: bool) -> tuple[Uint64Array, Uint64
     return (words[::2], words[1::2]) if extended else (words, None)
 
 
-def _add_run(delta: Int64Array, first: int, last: int, value: int) -> None:
+def _add_run(delta: npt.NDArray[np.int32], first: int, last: int, value: int) -> None:
     """Clusters [first, last) of a window, as far as they lie in it."""
     first, last = max(first, 0), min(last, len(delta))
     if first < last:
