@@ -181,6 +181,27 @@ def _taken_and_deleted(tool: str) -> Command:
     return ("sh", "-c", '"$0" snapshot -c s "$1" && "$0" snapshot -d s "$1"', tool, "{full}")
 
 
+def _committed(tool: str, *flags: str) -> Command:
+    """The disk committed into an empty image that grows; afterwards it stands by itself again."""
+    script = (
+        'disk=$1 base=$2; shift 2; qemu-img create -q -f qcow2 "$base" 1M && '
+        'qemu-img rebase -q -u -F qcow2 -b "$base" "$disk" && "$@" "$disk"; '
+        'code=$?; qemu-img rebase -q -u -b "" "$disk"; exit $code'
+    )
+    words = (tool, "commit", "-q", "-d", *flags)
+    return ("sh", "-c", script, "-", "{disk_qcow2}", "{out}", *words)
+
+
+def _rebased(tool: str, *flags: str) -> Command:
+    """An empty overlay of the disk put over nothing: it holds all of it then."""
+    script = (
+        'disk=$1 overlay=$2; shift 2; qemu-img create -q -f qcow2 -F qcow2 -b "$disk" "$overlay" '
+        '&& "$@" "$overlay"'
+    )
+    words = (tool, "rebase", "-q", *flags, "-b", "")
+    return ("sh", "-c", script, "-", "{disk_qcow2}", "{out}", *words)
+
+
 def retried(*command: str) -> Command:
     """A command that makes a LUKS header with qemu-img, which sometimes finds the clock too coarse
     to count iterations by; ten times are enough."""
@@ -193,6 +214,9 @@ def retried(*command: str) -> Command:
     )
 
 
+_SAME_DISK: Command = (
+    *("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", "{disk_qcow2}", "{out}"),
+)
 _INFO = ("info", "-f", "qcow2", "{disk_zlib}")
 _START = ("{python}", "-c", "pass")
 
@@ -330,6 +354,22 @@ ROWS: tuple[Row, ...] = (
         ours=_taken_and_deleted("{qcow}"),
         goal=1.5,
         verify=("qemu-img", "check", "-q", "{full}"),
+    ),
+    Row(
+        name="commit",
+        title="commit of 700 MB into an empty qcow2",
+        peer=_committed("qemu-img"),
+        ours=_committed("{qcow}", "--trust"),
+        goal=1.0,
+        verify=_SAME_DISK,
+    ),
+    Row(
+        name="rebase",
+        title="rebase of an overlay of 700 MB onto nothing",
+        peer=_rebased("qemu-img"),
+        ours=_rebased("{qcow}", "--trust"),
+        goal=1.0,
+        verify=_SAME_DISK,
     ),
     _both("info", "info", *_INFO),
     Row(
