@@ -230,6 +230,18 @@ def test_bits_behind_the_end_of_the_file_are_corrupt() -> None:
         Rig(built)
 
 
+@pytest.mark.parametrize("place", ["l2", "refcount_block"])
+def test_a_directory_over_other_metadata_is_not_written(place: str) -> None:
+    built = build_qcow2(bitmaps=(spec(),), clusters={0: b"data"})
+    directory = built.data[built.places["bitmaps"] :][:32]
+    built.patch(built.data.index(built.places["bitmaps"].to_bytes(8, "big")), built.places[place])
+    built.patch(built.places[place], bytes(directory))
+    rig = Rig(built)
+    with pytest.raises(CorruptMetadata, match="overlaps the metadata that"):
+        rig.chain.write(b"x", offset=MiB - 1)
+    assert flags_of(rig) == {"b": ON}
+
+
 def test_bitmaps_keep_to_the_budget() -> None:
     rig = rig_with(spec(shift=9), size=GiB)
     metadata = load_qcow2_metadata(rig.memory)

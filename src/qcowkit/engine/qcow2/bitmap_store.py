@@ -66,6 +66,7 @@ class BitmapStore:
         Flags alone change, each within a sector, so any part of this write is a sound directory."""
         state, extension = self._state, self._state.metadata.extensions.bitmaps
         assert extension is not None
+        self._check_directory(extension)
         entries = tuple(
             replace(one, flags=one.flags | BitmapFlag.IN_USE) if one.name in names else one
             for one in self.entries
@@ -121,9 +122,14 @@ class BitmapStore:
         found = [self._clusters_of(one) for one in self.entries if one.table_offset not in kept]
         clusters = np.sort(np.concatenate([np.empty(0, np.int64), *found]))
         state.guard.check_many(clusters)
-        directory = extension.directory_offset // self._size
-        runs = [(directory, ceil_div(extension.directory_size, self._size))]
-        return runs + [(cluster, 1) for cluster in clusters.tolist()]
+        return [self._check_directory(extension), *((one, 1) for one in clusters.tolist())]
+
+    def _check_directory(self, extension: BitmapsExtension) -> _Run:
+        """The clusters of the directory, which nothing else may have."""
+        first = extension.directory_offset // self._size
+        count = ceil_div(extension.directory_size, self._size)
+        self._state.guard.check(first=first, count=count, ignore="bitmap-directory")
+        return first, count
 
     def _clusters_of(self, entry: BitmapEntry) -> Int64Array:
         """The clusters of one bitmap; none where its table is malformed: they leak then."""
