@@ -23,6 +23,7 @@ from qcowkit.operations.amend import Amended, AmendOptions, amend_image
 from qcowkit.operations.check import CheckResult, check_image
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.storage.protocol import Storage
+from qcowkit.testing.crash_storage import Content, CrashFiles
 from qcowkit.testing.qcow2_builder import build_qcow2
 from qcowkit.units import KiB
 
@@ -124,3 +125,38 @@ def make_disk(
         disk.snapshot(f"s{number}")
     disk.scribble(seed * 100 + 99, packed=packed, count=count)
     return disk
+
+
+# Interruptions
+
+
+class Leaky(Barriers):
+    """Barriers of which one waits for nothing."""
+
+    def __init__(self, *storages: Storage, without: str) -> None:
+        super().__init__(*storages)
+        self._without = without
+
+    def wait(self, name: str) -> None:
+        if name != self._without:
+            super().wait(name)
+
+
+def files_of(disk: Disk) -> CrashFiles:
+    """What is to be interrupted, as the crash simulator has it."""
+    storages = [disk.storage] if disk.data is None else [disk.storage, disk.data]
+    contents = [Content.of(one.pread(one.size(), offset=0)) for one in storages]
+    return CrashFiles(contents, names=["disk.qcow2", "data.raw"][: len(contents)])
+
+
+def on(files: CrashFiles, disk: Disk) -> Disk:
+    """The same disk on these files."""
+    data = None if disk.data is None else files.open(1)
+    return Disk(storage=files.open(), base=disk.base, data=data)
+
+
+def after_cut(contents: tuple[Content, ...], disk: Disk) -> Disk:
+    """The same disk on what an interruption has left."""
+    storages = [MemoryStorage(one.to_bytes()) for one in contents]
+    data = None if disk.data is None else storages[1]
+    return Disk(storage=storages[0], base=disk.base, data=data)

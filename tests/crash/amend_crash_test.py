@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 
-from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.events import QCOW2_REFORM_BARRIERS
 from qcowkit.errors import QcowkitError
 from qcowkit.operations.check import Verdict
-from qcowkit.storage.memory import MemoryStorage
-from qcowkit.storage.protocol import Storage
 from qcowkit.testing.crash_states import iter_crash_states
-from qcowkit.testing.crash_storage import Content, CrashFiles
 from qcowkit.testing.fault_loop import FaultyFiles, run_with_every_fault
 from qcowkit.units import KiB
-from tests.amending import Disk, View, make_disk
+from tests.amending import Disk, Leaky, View, after_cut, files_of, make_disk, on
 
 pytestmark = pytest.mark.pinned("its kinds of images are its own")
 
@@ -63,37 +59,8 @@ CASES: dict[str, Case] = {
 }
 
 
-class Leaky(Barriers):
-    """Barriers of which one waits for nothing."""
-
-    def __init__(self, *storages: Storage, without: str) -> None:
-        super().__init__(*storages)
-        self._without = without
-
-    def wait(self, name: str) -> None:
-        if name != self._without:
-            super().wait(name)
-
-
 def made(case: str) -> Disk:
     return make_disk(size=SIZE, **CASES[case][0])
-
-
-def files_of(disk: Disk) -> CrashFiles:
-    storages = [disk.storage] if disk.data is None else [disk.storage, disk.data]
-    contents = [Content.of(one.pread(one.size(), offset=0)) for one in storages]
-    return CrashFiles(contents, names=["disk.qcow2", "data.raw"][: len(contents)])
-
-
-def on(files: CrashFiles, disk: Disk) -> Disk:
-    data = None if disk.data is None else files.open(1)
-    return Disk(storage=files.open(), base=disk.base, data=data)
-
-
-def after_cut(contents: tuple[Content, ...], disk: Disk) -> Disk:
-    storages = [MemoryStorage(one.to_bytes()) for one in contents]
-    data = None if disk.data is None else storages[1]
-    return Disk(storage=storages[0], base=disk.base, data=data)
 
 
 def judge(left: Disk, before: View, options: dict[str, Any]) -> Iterator[str]:

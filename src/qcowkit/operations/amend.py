@@ -85,7 +85,7 @@ def amend_image(
     # What is refused is refused before recovery writes anything.
     plan_header(top.metadata, options.amendment)
     session.check_size(top.metadata.virtual_size)
-    _prepare(top, barriers)
+    prepare_for_change(top, barriers)
     amender = Amender(
         storage=top.storage, data=data, barriers=barriers, make_reader=session.make_reader
     )
@@ -107,8 +107,10 @@ def _check_backing(metadata: Qcow2Metadata, options: AmendOptions) -> None:
             raise RequestError(f"{key} cannot be amended: rebase changes the backing file")
 
 
-def _prepare(top: Layer, barriers: Barriers) -> None:
-    """A sound image, without promises that a change would break."""
+def prepare_for_change(top: Layer, barriers: Barriers) -> None:
+    """Make the top image sound, without promises that a change of it would break.
+
+    Raises CorruptMetadata for one with its corrupt bit set, and as `recover_for_writing`."""
     metadata = top.metadata
     assert isinstance(metadata, Qcow2Metadata)
     if metadata.corrupt:

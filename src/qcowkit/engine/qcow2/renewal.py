@@ -19,6 +19,7 @@ from qcowkit.engine.qcow2.l2_audit import ignore_faults
 from qcowkit.engine.qcow2.layout import refcount_clusters
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.references import Survey, survey
+from qcowkit.engine.qcow2.room import Room
 from qcowkit.engine.repairs import StrictLog
 from qcowkit.errors import RequestError
 from qcowkit.extents.table import Int64Array
@@ -34,8 +35,8 @@ _MOST_RUNS = 1 << 18
 class Renewed:
     """Where the refcount table lies, in bytes, and how long it is, in clusters.
 
-    end: one past the last host cluster. free: (first, count) of host clusters that nothing refers
-    to, below the new refcounts."""
+    end: one past the last host cluster that is used. free: (first, count) of host clusters below
+    it that nothing refers to."""
 
     table_offset: int
     table_clusters: int
@@ -44,40 +45,46 @@ class Renewed:
 
 
 def renew_refcounts(
-    storage: Storage, metadata: Qcow2Metadata, l1: Uint64Array, *, first: int, effort: Effort
+    storage: Storage, metadata: Qcow2Metadata, l1: Uint64Array, *, room: Room, effort: Effort
 ) -> Renewed:
-    """Write refcounts from host cluster `first` on, and COPIED into the active tables.
+    """Write refcounts of the metadata, and COPIED into the active tables.
 
     metadata: as they will be; the refcount table in them is looked at by nobody. l1: the entries of
-    the active L1 table, which is at its place and is written once more. Nothing lies at or behind
-    `first`. Raises RequestError where a count does not fit, StorageError."""
+    the active L1 table, which is at its place and is written once more. room: where refcounts may
+    lie; its `end` is behind all that is used. Raises RequestError where a count does not fit, what
+    `room` raises, StorageError."""
     geometry = metadata.geometry
     size = geometry.cluster_size
-    blocks, table = refcount_clusters(geometry, first)
-    if table * size > max(MAX_REFCOUNT_TABLE_BYTES, size):
+    # As many as there will be if all of them lie behind everything, and so enough.
+    _, clusters = refcount_clusters(geometry, room.end)
+    if clusters * size > max(MAX_REFCOUNT_TABLE_BYTES, size):
         raise RequestError(
-            f"the image would need a refcount table of {table * size} bytes, above the "
+            f"the image would need a refcount table of {clusters * size} bytes, above the "
             f"{MAX_REFCOUNT_TABLE_BYTES} that readers accept"
         )
-    end = first + blocks + table
-    effort.spend(end)
+    table, blocks = room.take(clusters), list[int]()
+    while len(blocks) * geometry.refcounts_per_block < room.end:
+        blocks.append(room.take(1))
+    effort.spend(room.end)
     # An empty table for the walk, which has to find one.
-    header = replace(metadata.header, refcount_table_offset=first * size, refcount_table_clusters=1)
-    storage.pwrite([bytes(size)], offset=first * size)
-    _reach(storage, end * size)
+    header = replace(metadata.header, refcount_table_offset=table * size, refcount_table_clusters=1)
+    storage.pwrite([bytes(size)], offset=table * size)
+    _reach(storage, room.end * size)
     found = survey(storage, replace(metadata, header=header), log=StrictLog(), effort=effort)
-    claims = found.claims.without(*_OLD_NAMES)
-    claims = claims.plus("new refcounts", first=first, count=end - first)
+    places = np.array(blocks, dtype=np.int64)
+    claims = found.claims.without(*_OLD_NAMES).plus(
+        "new refcount table", first=table, count=clusters
+    )
+    claims = claims.plus("new refcount blocks", first=places, count=1)
     found = replace(found, claims=claims, blocks=_NONE)
-    renewal = _Renewal(storage, metadata, found, first=first, end=end, effort=effort)
+    renewal = _Renewal(storage, metadata, found, places=places, end=room.end, effort=effort)
     renewal.run()
-    renewal.write_table(blocks=blocks, clusters=table)
+    words = np.zeros(clusters * size // 8, dtype=">u8")
+    words[: len(places)] = places << geometry.cluster_bits
+    storage.pwrite([words.tobytes()], offset=table * size)
     renewal.mark_tables(l1)
     return Renewed(
-        table_offset=(first + blocks) * size,
-        table_clusters=table,
-        end=end,
-        free=renewal.free,
+        table_offset=table * size, table_clusters=clusters, end=room.end, free=renewal.free
     )
 
 
@@ -95,15 +102,16 @@ class _Renewal(Counting):
         metadata: Qcow2Metadata,
         found: Survey,
         *,
-        first: int,
+        places: Int64Array,
         end: int,
         effort: Effort,
     ) -> None:
+        """places: host clusters of all refcount blocks."""
         super().__init__(storage, metadata, found, log=StrictLog(), effort=effort)
         self.end = end
         self.windows = set(range(-(-end // self.step)))
         self.free: list[tuple[int, int]] = []
-        self._first = first
+        self._places = places
         # One bit a cluster: those with exactly one reference.
         self._single: npt.NDArray[np.bool_] = np.zeros(end, dtype=np.bool_)
 
@@ -122,26 +130,21 @@ class _Renewal(Counting):
         per_block = self.geometry.refcounts_per_block
         missing = -window.size % per_block
         raw = encode_refcounts(np.pad(counts, (0, missing)), self.geometry.refcount_order)
-        place = self._first + window.base // per_block
-        self.storage.pwrite([raw], offset=place << self.bits)
+        view, size = memoryview(raw), self.geometry.cluster_size
+        low = window.base // per_block
+        places = self._places[low : low + len(raw) // size] << self.bits
+        for index, count in find_runs(places, size):
+            part = view[index * size : (index + count) * size]
+            self.storage.pwrite([part], offset=int(places[index]))
 
     def _note_free(self, window: Window) -> None:
-        inside = max(0, min(window.size, self._first - window.base))
-        free = (window.computed[:inside] == 0).astype(np.int8)
+        free = (window.computed == 0).astype(np.int8)
         edges = np.flatnonzero(np.diff(free, prepend=0, append=0))
         room = _MOST_RUNS - len(self.free)
         self.free += [
             (window.base + int(low), int(high - low))
             for low, high in zip(edges[::2][:room], edges[1::2][:room], strict=True)
         ]
-
-    def write_table(self, *, blocks: int, clusters: int) -> None:
-        """The refcount table, behind its blocks."""
-        words = np.zeros((clusters << self.bits) // 8, dtype=">u8")
-        places = np.arange(self._first, self._first + blocks, dtype=np.int64)
-        words[:blocks] = places << self.bits
-        offset = (self._first + blocks) << self.bits
-        self.storage.pwrite([words.tobytes()], offset=offset)
 
     def mark_tables(self, l1: Uint64Array) -> None:
         """COPIED where a reference is the only one: of active tables, and in them."""

@@ -20,15 +20,16 @@ from qcowkit.codecs.qcow2.entries import (
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.room import Room
 from qcowkit.errors import RequestError
 from qcowkit.extents.table import Int64Array
 from qcowkit.extents.zeros import zero_units
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import MiB, ceil_div
+from qcowkit.units import MiB
 
 _READ = 4 * MiB
 # Narrower refcounts may not count all that a cluster could hold of compressed data.
-_PACKING_ORDER = 4
+PACKING_ORDER = 4
 
 
 class GuestReader(Protocol):
@@ -41,9 +42,7 @@ class GuestReader(Protocol):
 
 
 class DataRenewal:
-    """Hands out host clusters from `first` on and fills them. `next`: one past the last of them.
-
-    metadata: as they will be, but for places."""
+    """Fills new host clusters. metadata: as they will be, but for places."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class DataRenewal:
         data: Storage,
         metadata: Qcow2Metadata,
         *,
-        first: int,
+        room: Room,
         read: GuestReader,
         zero_clusters: bool,
     ) -> None:
@@ -66,14 +65,8 @@ class DataRenewal:
         self._zero_clusters = zero_clusters
         self._compress = make_compressor(metadata.compression_type, None)
         # Where the next compressed cluster goes, and where its room ends; bytes.
-        self._cursor = self._room = 0
-        self.next = first
-
-    def allocate(self, count: int) -> int:
-        """The first of `count` host clusters."""
-        first = self.next
-        self.next += count
-        return first
+        self._cursor = self._stop = 0
+        self._room = room
 
     def rewrite(
         self,
@@ -158,7 +151,7 @@ class DataRenewal:
     ) -> None:
         if not plain:
             return
-        first = self.allocate(len(plain))
+        first = self._room.take(len(plain))
         rows = buffer.reshape(-1, self._size)[plain]
         self._storage.pwrite([rows.data.cast("B")], offset=first * self._size)
         hosts = (np.arange(len(plain)) + first) * self._size
@@ -180,15 +173,13 @@ class DataRenewal:
         raw = self._compress(part)
         if len(raw) >= self._size:
             return None
-        alone = self._geometry.refcount_order < _PACKING_ORDER
-        if alone or self._cursor + len(raw) > self._room:
-            count = ceil_div(len(raw), self._size)
-            if not alone and self._room == self.next * self._size and self._cursor < self._room:
-                # What is left of the last cluster goes on into the next.
-                self._room = (self.allocate(count) + count) * self._size
-            else:
-                self._cursor = self.allocate(count) * self._size
-                self._room = self._cursor + count * self._size
+        alone = self._geometry.refcount_order < PACKING_ORDER
+        if alone or self._cursor + len(raw) > self._stop:
+            begin = self._room.take(1) * self._size
+            if alone or begin != self._stop:
+                self._cursor = begin
+            # Otherwise what is left of the last cluster goes on into the next.
+            self._stop = begin + self._size
         place, self._cursor = self._cursor, self._cursor + len(raw)
         self._storage.pwrite([raw], offset=place)
         return encode_compressed(place, len(raw), geometry=self._geometry)

@@ -33,6 +33,7 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.refcounts import end_of_counts, load_refcount_table
 from qcowkit.engine.qcow2.renewal import renew_refcounts
 from qcowkit.engine.qcow2.renewed_data import DataRenewal, GuestReader
+from qcowkit.engine.qcow2.room import Room
 from qcowkit.engine.qcow2.tables import load_l1
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Int64Array
@@ -45,7 +46,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tree:
+class Tree:
     """One disk. tables: int64 host offsets of its L2 tables, 0 for none. size: guest bytes whose
     entries count; None where a machine state follows the disk. entries: of the new L1 table."""
 
@@ -74,9 +75,11 @@ class Transform:
         barriers: Barriers,
         effort: Effort,
         zero_clusters: bool = True,
+        room: Room | None = None,
     ) -> None:
         """target: the header afterwards, but for sizes and places. data: where guest clusters lie,
-        `storage` itself mostly. barriers: of both. zero_clusters: whether there may be any."""
+        `storage` itself mostly. barriers: of both. zero_clusters: whether there may be any. room:
+        for what is new; behind the end of the file if None."""
         self._storage = storage
         self._metadata = metadata
         # Our hints say where things were.
@@ -85,11 +88,7 @@ class Transform:
         self._barriers = barriers
         self._effort = effort
         self._old, self._new = metadata.geometry, target.geometry
-        table = load_refcount_table(storage, metadata)
-        end = end_of_counts(storage, table, geometry=self._old) * self._old.cluster_size
-        if not storage.caps.block_device:
-            end = max(end, storage.size())
-        self._first = ceil_div(end, self._new.cluster_size)
+        self._room = room or self._behind()
         self._check_rules = EntryRules(
             geometry=self._old,
             version=metadata.header.version,
@@ -106,7 +105,7 @@ class Transform:
         )
         planned = replace(metadata, header=self._target, geometry=self._new)
         self._renewal = DataRenewal(
-            storage, data, planned, first=self._first, read=read, zero_clusters=zero_clusters
+            storage, data, planned, room=self._room, read=read, zero_clusters=zero_clusters
         )
         # What snapshots share is made once: tables by those they come from, data by old entries.
         self._made: dict[tuple[int, int, bytes], Uint64Array] = {}
@@ -118,7 +117,7 @@ class Transform:
         with Cutover(self._storage, self._metadata.header, barriers=self._barriers) as cutover:
             planned, l1 = self._write_trees()
             renewed = renew_refcounts(
-                self._storage, planned, l1, first=self._renewal.next, effort=self._effort
+                self._storage, planned, l1, room=self._room, effort=self._effort
             )
             header = replace(
                 planned.header,
@@ -129,6 +128,13 @@ class Transform:
         for first, count in renewed.free:
             self._storage.discard(offset=first * size, length=count * size)
         return header
+
+    def _behind(self) -> Room:
+        table = load_refcount_table(self._storage, self._metadata)
+        end = end_of_counts(self._storage, table, geometry=self._old) * self._old.cluster_size
+        if not self._storage.caps.block_device:
+            end = max(end, self._storage.size())
+        return Room(first=ceil_div(end, self._new.cluster_size))
 
     def find_kinds(self) -> tuple[bool, bool]:
         """Whether the image, with its snapshots, has zero clusters, and compressed ones."""
@@ -145,7 +151,7 @@ class Transform:
                     return True, True
         return zeros, packed
 
-    def _iter_words(self, tree: _Tree) -> Iterator[Uint64Array]:
+    def _iter_words(self, tree: Tree) -> Iterator[Uint64Array]:
         for number in self._iter_chunks(tree):
             start = number * self._chunk
             for at in range(start, self._end(tree, start), self._piece):
@@ -154,7 +160,7 @@ class Transform:
 
     # Trees
 
-    def _trees(self) -> Iterator[_Tree]:
+    def _trees(self) -> Iterator[Tree]:
         yield self._active_tree()
         yield from map(self._snapshot_tree, self._metadata.snapshots)
 
@@ -194,15 +200,15 @@ class Transform:
         """The host offset of a structure in clusters of its own."""
         size = self._new.cluster_size
         count = max(at_least, ceil_div(len(raw), size))
-        place = self._renewal.allocate(count) * size
+        place = self._room.take(count) * size
         self._storage.pwrite([raw.ljust(count * size, b"\0")], offset=place)
         return place
 
-    def _active_tree(self) -> _Tree:
+    def _active_tree(self) -> Tree:
         header, size = self._metadata.header, self._metadata.virtual_size
         words = self._load_l1(header.l1_table_offset, header.l1_size)
         # Behind the disk a state may be left that no snapshot refers to from here.
-        return _Tree(
+        return Tree(
             snapshot=None,
             tables=hosts_of(words[: self._old.l1_entries(header.size)]),
             disk_size=size,
@@ -210,7 +216,7 @@ class Transform:
             entries=self._l1_entries(header.size),
         )
 
-    def _snapshot_tree(self, entry: SnapshotEntry) -> _Tree:
+    def _snapshot_tree(self, entry: SnapshotEntry) -> Tree:
         tables = hosts_of(self._load_l1(entry.l1_offset, entry.l1_entries))
         disk = self._old.l1_entries(entry.disk_size)
         keeps = bool(entry.vm_state_size) and len(tables) > disk
@@ -220,7 +226,7 @@ class Transform:
                 "depends on the size of the tables: delete it first"
             )
         needed = self._l1_entries(entry.disk_size)
-        return _Tree(
+        return Tree(
             snapshot=entry,
             tables=tables if keeps else tables[:disk],
             disk_size=entry.disk_size,
@@ -247,7 +253,7 @@ class Transform:
             file_size=self._storage.size(),
         )
 
-    def _write_tree(self, tree: _Tree) -> Uint64Array:
+    def _write_tree(self, tree: Tree) -> Uint64Array:
         """The words of the new L1 table, without COPIED; its L2 tables are written."""
         l1 = np.zeros(tree.entries, dtype=np.uint64)
         per_chunk = self._chunk // self._new.l2_coverage
@@ -272,7 +278,7 @@ class Transform:
         tables = max(1, _ENTRIES // self._new.l2_entries)
         return max(tables * self._new.l2_coverage, self._old.cluster_size)
 
-    def _iter_chunks(self, tree: _Tree) -> Iterator[int]:
+    def _iter_chunks(self, tree: Tree) -> Iterator[int]:
         used, coverage, last = np.flatnonzero(tree.tables).tolist(), self._old.l2_coverage, -1
         for index in used:
             begin = index * coverage // self._chunk
@@ -283,18 +289,18 @@ class Transform:
                 yield number
                 last = number
 
-    def _old_tables(self, tree: _Tree, start: int, length: int) -> Int64Array:
+    def _old_tables(self, tree: Tree, start: int, length: int) -> Int64Array:
         coverage = self._old.l2_coverage
         return tree.tables[start // coverage : ceil_div(start + length, coverage)]
 
-    def _end(self, tree: _Tree, start: int) -> int:
+    def _end(self, tree: Tree, start: int) -> int:
         """Where a chunk ends, or the disk in it."""
         stop = start + self._chunk
         return stop if tree.size is None else min(stop, tree.size)
 
     # One chunk
 
-    def _write_chunk(self, tree: _Tree, start: int) -> Uint64Array:
+    def _write_chunk(self, tree: Tree, start: int) -> Uint64Array:
         """Host offsets of the new L2 tables, 0 where nothing is to be said."""
         count = self._chunk // self._new.l2_coverage
         width = self._new.l2_entry_size // 8
@@ -305,7 +311,7 @@ class Transform:
             words = self._load(tree, at, self._piece)
             if words.any():
                 first = (at - start) // self._new.cluster_size
-                made = self._recode(tree, words, at)
+                made = self.recode(tree, words, at)
                 rows[first : first + len(made)] = made
         return self._write_tables(rows.reshape(count, -1))
 
@@ -315,10 +321,10 @@ class Transform:
         sizes = self._old.cluster_size, self._new.cluster_size
         return min(self._chunk, max(*sizes, _ENTRIES * min(sizes)))
 
-    def _recode(self, tree: _Tree, words: Uint64Array, start: int) -> Uint64Array:
+    def recode(self, tree: Tree, words: Uint64Array, start: int) -> Uint64Array:
         """New entries, each a row with its bitmap, of the old words from guest offset `start`."""
         entries, bitmaps = split_words(words, geometry=self._old)
-        self._judge(entries, bitmaps, tree, start)
+        self.judge(entries, bitmaps, tree, start)
         found = recode(entries, bitmaps, rules=self._rules)
         if len(found.rewrite):
             places = found.rewrite * self._new.cluster_size + start
@@ -333,13 +339,13 @@ class Transform:
         used = np.flatnonzero(rows.any(axis=1))
         hosts = np.zeros(len(rows), dtype=np.uint64)
         if len(used):
-            first = self._renewal.allocate(len(used))
+            first = self._room.take(len(used))
             size = self._new.cluster_size
             self._storage.pwrite([rows[used].astype(">u8").tobytes()], offset=first * size)
             hosts[used] = ((np.arange(len(used)) + first) * size).astype(np.uint64)
         return hosts
 
-    def _load(self, tree: _Tree, start: int, length: int) -> Uint64Array:
+    def _load(self, tree: Tree, start: int, length: int) -> Uint64Array:
         """Old words of a guest range; zeros where there is no table, and behind the disk."""
         geometry = self._old
         size, width = geometry.cluster_size, geometry.l2_entry_size
@@ -359,9 +365,10 @@ class Transform:
             raw[behind:] = bytes(max(0, len(raw) - behind))
         return np.frombuffer(raw, dtype=">u8").astype(np.uint64)
 
-    def _judge(
-        self, entries: Uint64Array, bitmaps: Uint64Array | None, tree: _Tree, start: int
+    def judge(
+        self, entries: Uint64Array, bitmaps: Uint64Array | None, tree: Tree, start: int
     ) -> None:
+        """Raise CorruptMetadata for the first entry that breaks the format."""
         fault = find_fault(entries, bitmaps, self._check_rules)
         size = self._old.cluster_size
         index, reason = (fault.index, fault.reason) if fault is not None else (-1, "")
@@ -382,7 +389,7 @@ class Transform:
 
     def _rewrite(
         self,
-        tree: _Tree,
+        tree: Tree,
         words: Uint64Array,
         start: int,
         places: Int64Array,

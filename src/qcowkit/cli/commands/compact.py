@@ -1,0 +1,62 @@
+"""`qcow compact`: make the file of an image shorter, in place."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from qcowkit.budget import TRUSTED
+from qcowkit.cli import exits
+from qcowkit.cli.common import (
+    add_format,
+    add_gate,
+    add_image_opts,
+    add_output,
+    add_quiet,
+    image_specs,
+    make_gate,
+    warn,
+    write_json,
+)
+from qcowkit.cli.parsing import Parser
+from qcowkit.cli.printing import write_lines
+from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.operations.compact import compact_image
+
+
+def configure(parser: Parser) -> None:
+    """Flags of our own."""
+    parser.add_argument("file", metavar="FILE", help="qcow2 image, which is changed in place")
+    add_format(parser)
+    parser.refuse(
+        "-U", "--force-share", reason="an image that another process uses must not be compacted"
+    )
+    add_quiet(parser)
+    add_output(parser)
+    add_image_opts(parser)
+    add_gate(parser)
+    parser.examples("qcow compact disk.qcow2", "qcow compact --output=json disk.qcow2")
+
+
+def run(args: Namespace) -> int:
+    """Compact the file alone, and say what was gained."""
+    (spec,) = image_specs(args, [args.file], format=args.format)
+    layers = open_layers(
+        spec.path,
+        format=spec.format,
+        gate=make_gate(args),
+        budget=TRUSTED,
+        writable=True,
+        follow_backing=False,
+        follow_data=False,
+        locking=spec.opening.locking,
+    )
+    try:
+        warn(args, layers[0].warnings)
+        result = compact_image(layers[0])
+    finally:
+        close_layers(layers)
+    if args.output == "json":
+        write_json(result.as_json())
+    elif not args.quiet:
+        write_lines([result.render()])
+    return exits.SUCCESS

@@ -1,0 +1,63 @@
+"""An image file made shorter in place, and what was done in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.findings import Effort
+from qcowkit.engine.qcow2.compaction import Compacted, compact
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.errors import UnsupportedFeature
+from qcowkit.image.lineage import Layer
+from qcowkit.operations.amend import prepare_for_change
+from qcowkit.units import format_size
+
+# Tables are walked over several times in a round.
+_FACTOR = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactResult:
+    """What was done. filename: for messages."""
+
+    filename: str
+    done: Compacted
+
+    def as_json(self) -> dict[str, object]:
+        """Sizes in bytes."""
+        return {
+            "filename": self.filename,
+            "size-before": self.done.before,
+            "size": self.done.after,
+            "moved": self.done.moved,
+            "rounds": self.done.rounds,
+        }
+
+    def render(self) -> str:
+        """A line to read."""
+        before, after = format_size(self.done.before), format_size(self.done.after)
+        if not self.done.rounds:
+            return f"{self.filename}: {after}, nothing to gain"
+        return f"{self.filename}: {before} to {after}, {format_size(self.done.moved)} moved"
+
+
+def compact_image(layer: Layer, *, barriers: Barriers | None = None) -> CompactResult:
+    """Move what lies at the end of the file into its holes, and cut it.
+
+    layer: open for writing; nothing but its file is looked at. Raises UnsupportedFeature for other
+    formats, and as `engine.qcow2.compaction.compact`."""
+    if not isinstance(layer.metadata, Qcow2Metadata):
+        name = layer.metadata.format
+        raise UnsupportedFeature("compact", reason=f"{name} images cannot be, qcow2 images can")
+    storage = layer.storage
+    barriers = barriers or Barriers(storage)
+    prepare_for_change(layer, barriers)
+    done = compact(
+        storage,
+        load_qcow2_metadata(storage),
+        barriers=barriers,
+        make_effort=lambda: Effort(stored=storage.allocated(), factor=_FACTOR),
+    )
+    filename = storage.name if layer.path is None else str(layer.path)
+    return CompactResult(filename=filename, done=done)
