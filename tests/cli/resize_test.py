@@ -51,6 +51,17 @@ def test_it_says_what_was_done_and_what_is_visible() -> None:
     )
 
 
+def test_a_backing_file_is_exposed_where_that_is_asked_for() -> None:
+    qcow("create", "-q", "-f", "qcow2", "-b", DISK, "-F", "qcow2", "top.qcow2", "1M")
+    done = qcow("resize", "--expose-backing", "top.qcow2", "2M")
+    assert done.out.decode() == (
+        "top.qcow2: grown from 1 MiB (1048576 bytes) to 2 MiB (2097152 bytes)\n"
+        "what was added shows the backing file\n"
+    )
+    done = qcow("resize", "--expose-backing", DISK, "8M", code=1)
+    assert "only what is added over a backing file can show it, found no backing file" in done.err
+
+
 def test_quiet_says_nothing() -> None:
     assert qcow("resize", "-q", DISK, "+1M").out == b""
 

@@ -130,6 +130,30 @@ def test_a_base_never_shows_through_what_was_cut_off_and_added_again() -> None:
     assert verdict("top") is Verdict.CLEAN
 
 
+def test_a_base_shows_through_what_was_added_where_that_is_asked_for() -> None:
+    Path("base.raw").write_bytes(b"\xbb" * (5 * MiB))
+    make("top", "qcow2", backing_file="base.raw", backing_fmt="raw")
+    change("top", "qcow2", "3M", shrink=True)
+    done = change("top", "qcow2", "4M", expose=True)
+    assert done.notes == ("what was added shows the backing file",)
+    done = change("top", "qcow2", "10M", expose=True)
+    assert done.notes == (
+        "what was added shows the backing file up to its end at 5 MiB (5242880 bytes), and zeros "
+        "behind it",
+    )
+    assert read("top", "qcow2") == b"\xbb" * (5 * MiB) + bytes(5 * MiB)
+    assert verdict("top") is Verdict.CLEAN
+
+
+@pytest.mark.parametrize("format", ["raw", "vpc"])
+def test_only_qcow2_images_show_a_backing_file_where_they_grow(format: str) -> None:
+    make("disk", format, size=MiB)
+    before = Path("disk").read_bytes()
+    with pytest.raises(RequestError, match=f"{format} images show no backing file where they grow"):
+        change("disk", format, "2M", expose=True)
+    assert Path("disk").read_bytes() == before
+
+
 @pytest.mark.parametrize("cut", [512, 2 * KiB, 64 * KiB, 100 * KiB])
 def test_a_cut_within_a_cluster_hides_the_base_behind_it(cut: int) -> None:
     Path("base.raw").write_bytes(b"\xbb" * MiB)

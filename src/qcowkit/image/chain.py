@@ -20,6 +20,7 @@ from qcowkit.image.cleaner import CacheCleaner
 from qcowkit.image.lineage import Layer
 from qcowkit.image.protocol import Image, Tracker, WritableImage
 from qcowkit.image.qcow2 import Qcow2Image
+from qcowkit.image.qcow2_write import WritableQcow2Image
 from qcowkit.image.rawio import DiskFile
 from qcowkit.units import KiB, MiB, align_down
 
@@ -312,14 +313,27 @@ class Chain:
         if self._top is not None:
             self._top.flush()
 
-    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+    def resize(
+        self,
+        size: int,
+        *,
+        shrink: bool = False,
+        preallocation: str = "off",
+        expose: bool = False,
+    ) -> None:
         """Change the disk's size, in bytes; what is added reads as zeros.
 
-        preallocation of what is added: off, metadata, falloc or full. Raises RequestError for a
+        preallocation of what is added: off, metadata, falloc or full. expose: what is added shows
+        what the layers below hold there, which only qcow2 images can do. Raises RequestError for a
         smaller size without `shrink`, and as `write`; then `size` says whether it took place."""
         top = self._writable_top()
+        if expose and not isinstance(top, WritableQcow2Image):
+            raise RequestError(f"{self.format} images show no backing file where they grow")
         try:
-            top.resize(size, shrink=shrink, preallocation=preallocation)
+            if isinstance(top, WritableQcow2Image):
+                top.resize(size, shrink=shrink, preallocation=preallocation, expose=expose)
+            else:
+                top.resize(size, shrink=shrink, preallocation=preallocation)
         finally:
             self._measure()
 

@@ -104,9 +104,16 @@ class WritableQcow2Image(Qcow2Image):
         """See `WritableImage.flush`."""
         self.disk.flush()
 
-    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
-        """See `WritableImage.resize`."""
-        self.disk.resize(size, shrink=shrink, preallocation=preallocation)
+    def resize(
+        self,
+        size: int,
+        *,
+        shrink: bool = False,
+        preallocation: str = "off",
+        expose: bool = False,
+    ) -> None:
+        """See `WritableImage.resize`. expose: what is added shows the layers below."""
+        self.disk.resize(size, shrink=shrink, preallocation=preallocation, expose=expose)
         self.size = self.mapping.size
         header = self.disk.state.header.header
         self.metadata = replace(self.metadata, header=header, virtual_size=self.size)

@@ -53,13 +53,18 @@ class Resized:
 
 
 def resize(
-    chain: Chain, change: SizeChange, *, shrink: bool = False, preallocation: str = "off"
+    chain: Chain,
+    change: SizeChange,
+    *,
+    shrink: bool = False,
+    preallocation: str = "off",
+    expose: bool = False,
 ) -> Resized:
     """Change the size of a writable disk; durable on return.
 
     shrink: a smaller size is meant. preallocation: off, metadata, falloc or full, for what is
-    added. What is added reads as zeros, whatever a base holds there. Raises RequestError before
-    anything is written, and as `Chain.resize`."""
+    added. What is added reads as zeros, whatever a base holds there, or with `expose` shows it.
+    Raises RequestError before anything is written, and as `Chain.resize`."""
     old, new = chain.size, change.apply(chain.size)
     check_size(new, format=chain.format)
     if preallocation not in PREALLOCATIONS:
@@ -77,8 +82,9 @@ def resize(
         )
     base = chain.images[1].size if len(chain.images) > 1 else None
     metadata = [layer.metadata for layer in chain.layers[:1]]
-    notes = (*plan_notes(old=old, new=new, base=base), *_snapshot_notes(metadata))
-    chain.resize(new, shrink=shrink, preallocation=preallocation)
+    notes = plan_notes(old=old, new=new, base=base, expose=expose)
+    notes += _snapshot_notes(metadata)
+    chain.resize(new, shrink=shrink, preallocation=preallocation, expose=expose)
     chain.flush()
     return Resized(old_size=old, size=chain.size, notes=notes)
 
@@ -95,13 +101,17 @@ def check_size(size: int, *, format: str) -> None:
         )
 
 
-def plan_notes(*, old: int, new: int, base: int | None) -> tuple[str, ...]:
-    """What a resize from `old` to `new` bytes shows. base: size of the backing file's disk."""
+def plan_notes(*, old: int, new: int, base: int | None, expose: bool = False) -> tuple[str, ...]:
+    """What a resize from `old` to `new` bytes shows. base: size of the backing file's disk. expose:
+    it is shown where it reaches."""
     if new < old:
         beyond = "zeros" if base is None else "zeros, not what the backing file holds"
         return (f"what lay beyond the new end is gone: growing the disk again brings {beyond}",)
     if new == old:
         return ()
+    if expose and base is not None and base > old:
+        end = "" if base >= new else f" up to its end at {_both(base)}, and zeros behind it"
+        return (f"what was added shows the backing file{end}",)
     notes = ["what was added reads as zeros"]
     if base is not None and base > old:
         notes.append(

@@ -45,6 +45,11 @@ def configure(parser: Parser) -> None:
         help="for what is added: off leaves holes, metadata maps every cluster, falloc reserves "
         "space, full writes zeros",
     )
+    parser.add_argument(
+        "--expose-backing",
+        action="store_true",
+        help="let what is added show what the backing file holds there, in place of zeros (qcow2)",
+    )
     parser.refuse(
         "-U", "--force-share", reason="an image that another process writes must not be resized"
     )
@@ -64,7 +69,13 @@ def run(args: Namespace) -> int:
     """Resize, and say what is visible now."""
     parse_objects(args.objects)
     with open_disk(args, args.file, format=args.format, writable=True) as chain:
-        done = resize(chain, args.change, shrink=args.shrink, preallocation=args.preallocation)
+        done = resize(
+            chain,
+            args.change,
+            shrink=args.shrink,
+            preallocation=args.preallocation,
+            expose=args.expose_backing,
+        )
         name = chain.layers[0].path
     if not args.quiet:
         first, *rest = done.render()

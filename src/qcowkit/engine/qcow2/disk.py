@@ -102,14 +102,15 @@ class Qcow2Disk:
         with self._lock, self._change(offset, length):
             self._eraser.discard(offset, length)
 
-    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
-        """Another size of the disk, in bytes."""
+    def resize(self, size: int, *, shrink: bool, preallocation: str, expose: bool = False) -> None:
+        """Another size of the disk, in bytes. expose: see `Resizer.resize`."""
         with self._lock, self._change():
             before = self._mapping.size
-            self._resizer.check(size, shrink=shrink, preallocation=preallocation)
+            resizer = self._resizer
+            resizer.check(size, shrink=shrink, preallocation=preallocation, expose=expose)
             self._bitmaps.begin_resize(size)
             try:
-                self._resizer.resize(size, shrink=shrink, preallocation=preallocation)
+                resizer.resize(size, shrink=shrink, preallocation=preallocation, expose=expose)
                 self.state.resize_caches()
             finally:
                 self._bitmaps.end_resize(before)

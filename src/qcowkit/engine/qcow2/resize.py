@@ -37,18 +37,19 @@ class Resizer:
         self._geometry = state.geometry
         self._size = state.geometry.cluster_size
 
-    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
-        """See `WritableImage.resize`; `check` was asked before."""
+    def resize(self, size: int, *, shrink: bool, preallocation: str, expose: bool = False) -> None:
+        """See `WritableImage.resize`; `check` was asked before. expose: what is added shows what
+        the layers below hold there."""
         before = self._state.mapping.size
         if size > before:
             if self._state.metadata.data_file_raw and preallocation == "off":
                 # Others may write the data file as the raw disk that it is: all of it is mapped.
                 preallocation = "metadata"
-            self._grow(before, size, preallocation)
+            self._grow(before, size, preallocation, expose=expose)
         elif size < before:
             self._shrink(before, size)
 
-    def check(self, size: int, *, shrink: bool, preallocation: str) -> None:
+    def check(self, size: int, *, shrink: bool, preallocation: str, expose: bool = False) -> None:
         """Raise RequestError for what is refused, before anything changes."""
         state, before = self._state, self._state.mapping.size
         if preallocation not in get_args(Preallocation):
@@ -60,6 +61,12 @@ class Resizer:
             limit = MAX_L1_BYTES // 8 * self._geometry.l2_coverage
             raise RequestError(
                 f"size {size} is above {limit}, the most that clusters of {self._size} bytes can do"
+            )
+        if expose and (self._old.below is None or size <= before):
+            found = "no backing file" if self._old.below is None else f"a disk of {before} bytes"
+            raise RequestError(
+                f"only what is added over a backing file can show it, found {found} and the new "
+                f"size {size}"
             )
         if size < before:
             self._check_shrink(size, before, shrink=shrink, preallocation=preallocation)
@@ -91,13 +98,13 @@ class Resizer:
 
     # Growing
 
-    def _grow(self, before: int, size: int, preallocation: str) -> None:
+    def _grow(self, before: int, size: int, preallocation: str, *, expose: bool) -> None:
         state = self._state
         mapping, tables = state.mapping, state.tables
         try:
             self._cover(self._geometry.l1_entries(size))
             mapping.size = size
-            self._clear_added(before, size)
+            self._clear_added(before, size, expose=expose)
             # Preallocation works in clusters; a data file ends with the disk.
             end = max(size, state.data.size())
             if preallocation != "off":
@@ -129,19 +136,32 @@ class Resizer:
         table[: len(state.tables.l1)] = state.tables.l1
         state.tables.l1 = table
 
-    def _clear_added(self, before: int, size: int) -> None:
-        """What is added reads as zeros, whatever entries or a longer base have there."""
+    def _clear_added(self, before: int, size: int, *, expose: bool) -> None:
+        """What is added reads as zeros, whatever entries or a longer base have there; expose: as
+        the base, whatever entries are there."""
         first = align_up(before, self._size)
         head = min(first, size)
-        if before < head and not self._old.is_zero(before, head):
+        if before < head and expose:
+            self._expose_head(before, head)
+        elif before < head and not self._old.is_zero(before, head):
             self._writer.write(memoryview(bytes(head - before)), offset=before)
         if first >= size:
             return
         self._eraser.erase(first, align_up(size, self._size), self._eraser.rules(full=True))
         below = self._old.below
-        if below is not None and below.size > first:
+        if below is not None and below.size > first and not expose:
             end = min(size, align_up(below.size, self._size))
             self._eraser.write_zeroes(first, end - first, unmap=False, fallback=True)
+
+    def _expose_head(self, before: int, head: int) -> None:
+        """The rest of the last cluster as the base has it: where the cluster is this image's own,
+        it holds what a longer disk once held."""
+        below, wanted = self._old.below, bytearray(head - before)
+        if below is not None and below.size > before:
+            end = min(head, below.size)
+            below.read_into(memoryview(wanted)[: end - before], offset=before)
+        if self._old.read(before, head - before) != wanted:
+            self._writer.write(memoryview(wanted), offset=before)
 
     def _preallocate(self, begin: int, size: int, mode: str) -> None:
         """Give every cluster of [begin, size) that has none a place in the file."""
