@@ -181,6 +181,15 @@ def _taken_and_deleted(tool: str) -> Command:
     return ("sh", "-c", '"$0" snapshot -c s "$1" && "$0" snapshot -d s "$1"', tool, "{full}")
 
 
+def _bitmaps_changed(tool: str) -> Command:
+    """A bitmap of fine granules made, another merged with it, both gone again."""
+    script = (
+        '"$0" bitmap --add -g 4k "$1" a && "$0" bitmap --add -g 64k --merge a --disable "$1" b && '
+        '"$0" bitmap --remove "$1" a && "$0" bitmap --remove "$1" b'
+    )
+    return ("sh", "-c", script, tool, "{full}")
+
+
 def _committed(tool: str, *flags: str) -> Command:
     """The disk committed into an empty image that grows; afterwards it stands by itself again."""
     script = (
@@ -353,6 +362,13 @@ ROWS: tuple[Row, ...] = (
         peer=_taken_and_deleted("qemu-img"),
         ours=_taken_and_deleted("{qcow}"),
         goal=1.5,
+        verify=("qemu-img", "check", "-q", "{full}"),
+    ),
+    Row(
+        name="bitmap-1t",
+        title="bitmaps of 1 TiB added, merged and removed",
+        peer=_bitmaps_changed("qemu-img"),
+        ours=_bitmaps_changed("{qcow}"),
         verify=("qemu-img", "check", "-q", "{full}"),
     ),
     Row(
