@@ -140,7 +140,33 @@ def test_encrypted_layers_are_rebased(tmp_path: Path) -> None:
     backing = ("-b", "base.qcow2", "-F", "qcow2")
     qcow("create", "-q", *secret, "-f", "qcow2", *words, *backing, top)
     qcow("io", *secret, "-c", "write -q -P 6 1M 1M", top)
+    done = qcow("rebase", "-c", *secret, "-b", "", top, code=1)
+    assert "what is encrypted cannot be compressed" in done.err
     qcow("rebase", "-q", *secret, "-b", "two.raw", "-F", "raw", top)
     commands = ("-c", "read -q -P 5 0 1M", "-c", "read -q -P 6 1M 1M")
     qcow("io", *secret, "-r", *commands, top)
+    qcow("check", "-q", top)
+
+
+@pytest.mark.pinned("it needs subclusters")
+def test_clusters_that_have_their_place_already_are_not_compressed(tmp_path: Path) -> None:
+    make(tmp_path)
+    top = tmp_path / "placed.qcow2"
+    words = ("-o", "extended_l2=on,preallocation=metadata", "-b", "one.raw", "-F", "raw")
+    qcow("create", "-q", "-f", "qcow2", *words, top)
+    qcow("rebase", "-q", "-c", "-b", "", top)
+    assert shows(top, 1, 1, 1, 1)
+    qcow("check", "-q", top)
+
+
+@pytest.mark.pinned("it has a data file of its own")
+def test_an_overlay_with_a_data_file_is_rebased_and_not_compressed(tmp_path: Path) -> None:
+    make(tmp_path)
+    top = tmp_path / "outside.qcow2"
+    words = ("-o", "data_file=outside.data", "-b", "one.raw", "-F", "raw")
+    qcow("create", "-q", "-f", "qcow2", *words, top)
+    done = qcow("rebase", "-c", "-b", "", top, code=1)
+    assert "an external data file holds no compressed clusters" in done.err
+    qcow("rebase", "-q", "-b", "two.raw", "-F", "raw", top)
+    assert shows(top, 1, 1, 1, 1)
     qcow("check", "-q", top)

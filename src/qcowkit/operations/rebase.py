@@ -218,6 +218,8 @@ def rebase_layers(
         stack.callback(close_layers, (*old, *new))
         _check_image(old[0], base)
         _check_safe(old)
+        if options.compress:
+            _check_compression(old[0])
         image = build_writable(old[0], budget=budget, options=opening)
         assert isinstance(image, WritableQcow2Image), "checked before"
         stack.callback(image.close)
@@ -313,6 +315,15 @@ def _check_safe(old: tuple[Layer, ...]) -> None:
                 f"{_name(layer)}: a backing file without a declared format is not copied from: "
                 "declare it first (rebase -u -b with the same name and -F)"
             )
+
+
+def _check_compression(layer: Layer) -> None:
+    metadata = layer.metadata
+    assert isinstance(metadata, Qcow2Metadata), "checked before"
+    if metadata.data_file:
+        raise RequestError(f"{_name(layer)}: an external data file holds no compressed clusters")
+    if metadata.encrypted is not None:
+        raise RequestError(f"{_name(layer)}: what is encrypted cannot be compressed")
 
 
 def _name(layer: Layer) -> str:

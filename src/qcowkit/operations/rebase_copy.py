@@ -103,12 +103,16 @@ class RebaseCopy:
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             yield _Batch(pair=pair, start=start, stop=stop, wanted=wanted.clip(start, stop))
 
-    def _present(self, start: int, stop: int) -> RangeSet:
-        """What the top decides itself."""
+    def _present(self, start: int, stop: int, *, placed: bool = False) -> RangeSet:
+        """What the top decides itself. placed: and what has a host cluster without deciding."""
         found, at = RangeSet.empty(), start
         while at < stop:
             table = self._image.extents(start=at, length=stop - at, limit=_MOST_ENTRIES)
             found = found.union(rows_of(table, Flag.PRESENT))
+            if placed:
+                chosen = table.start[table.host >= 0]
+                ends = (table.start + table.length)[table.host >= 0]
+                found = found.union(RangeSet.of(chosen, ends))
             at = table.end
         return found
 
@@ -162,7 +166,7 @@ class RebaseCopy:
         if not self._compress:
             return packed
         per_cluster = self._cluster // self._unit
-        taken = self._present(found.start, found.stop)
+        taken = self._present(found.start, found.stop, placed=True)
         taken = taken.scale_outward(self._cluster).scale_up(self._cluster)
         for first in range(0, len(packed), per_cluster):
             units = slice(first, first + per_cluster)
