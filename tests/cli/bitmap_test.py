@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import qcowkit
 from tests.command import qcow
 
 pytestmark = pytest.mark.pinned("bitmaps", "compat=0.10")
@@ -83,6 +84,29 @@ def test_bitmaps_are_merged_from_another_image(tmp_path: Path) -> None:
     qcow("bitmap", "--add", "-g", "64k", path, "b")
     qcow("bitmap", "--merge", "fine", "-b", other, "-F", "qcow2", path, "b")
     assert listed(path)["b"] == (65536, 65536, ["auto"])
+
+
+def test_the_image_itself_may_be_named_as_the_source(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    qcow("bitmap", "--add", "-g", "64k", path, "b")
+    write(path, "0 1")
+    qcow("bitmap", "--add", "-g", "64k", "--merge", "b", "-b", path, path, "other")
+    assert listed(path)["other"] == (65536, 65536, ["auto"])
+
+
+def test_a_name_takes_one_line_of_the_list(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    qcow("bitmap", "--add", path, "two\nlines")
+    lines = qcow("bitmap", "--list", path).out.decode().splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("two\\nlines")
+
+
+def test_an_image_that_is_written_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with qcowkit.open(path, writable=True, gate=qcowkit.ReferenceGate.below_image()):
+        assert "open for writing elsewhere" in qcow("bitmap", "--add", path, "b", code=1).err
+        qcow("bitmap", "--list", "-U", path)
 
 
 def test_a_removed_bitmap_is_gone(tmp_path: Path) -> None:

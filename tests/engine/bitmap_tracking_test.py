@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -361,3 +362,18 @@ def judge(memory: MemoryStorage) -> None:
         assert all(at in recorded for at in changed)
     layer = open_for_check(storage, format="qcow2")
     assert check_image(layer).verdict in (Verdict.CLEAN, Verdict.LEAKS)
+
+
+def test_changes_of_several_threads_are_all_recorded() -> None:
+    rig = rig_with(watch=False, size=4 * MiB)
+
+    def write(number: int) -> None:
+        for turn in range(32):
+            rig.chain.write(b"x" * 100, offset=(turn * 8 + number) * 8192)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    rig.image.disk.close()
+    wanted = {(turn * 8 + number) * 8192 for turn in range(32) for number in range(4)}
+    assert {start for start, stop in dirty(rig)} == wanted
+    assert all(stop - start == 4096 for start, stop in dirty(rig))

@@ -87,7 +87,8 @@ class BitmapList:
             else:
                 dirty = format_size(one.bits.ranges().total)
                 granules = str(one.bits.count)
-            yield f"{size:>11}  {dirty:>10}  {granules:>10}  {state:<12}  {one.entry.name}"
+            name = one.entry.name.replace("\n", "\\n")
+            yield f"{size:>11}  {dirty:>10}  {granules:>10}  {state:<12}  {name}"
 
 
 def list_bitmaps(layer: Layer, *, budget: Budget = TRUSTED) -> BitmapList:

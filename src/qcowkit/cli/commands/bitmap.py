@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -102,10 +103,11 @@ def run(args: Namespace) -> int:
     _check(args)
     with ExitStack() as stack:
         source = None
-        if args.source is not None:
-            (spec,) = image_specs(args, [args.source], format=args.source_format)
-            source = _open(args, spec, stack, writable=False)
         (spec,) = image_specs(args, [args.file], format=args.format)
+        if args.source is not None:
+            (other,) = image_specs(args, [args.source], format=args.source_format)
+            if not _is_same(other.path, spec.path):
+                source = _open(args, other, stack, writable=False)
         layer = _open(args, spec, stack, writable=not args.list)
         if args.list:
             _list(args, layer)
@@ -136,6 +138,14 @@ def _check(args: Namespace) -> None:
         raise RequestError("-F goes with -b")
     if kinds and args.force_share:
         raise RequestError("-U: bitmaps are changed only where nobody else uses the image")
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two names lead to one file, which cannot be opened beside its writer."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
 
 
 def _open(args: Namespace, spec: ImageSpec, stack: ExitStack, *, writable: bool) -> Layer:
