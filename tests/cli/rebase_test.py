@@ -61,6 +61,7 @@ def test_u_writes_the_name_alone(tmp_path: Path) -> None:
     assert shows(top, 1, 7, 1, 1)
 
 
+@pytest.mark.pinned("compressed clusters share host clusters", "refcount_bits=1", "data_file")
 def test_c_compresses_what_is_copied(tmp_path: Path) -> None:
     top = make(tmp_path)
     before = top.stat().st_size
@@ -99,6 +100,7 @@ def test_an_overlay_of_the_image_is_no_base_for_it(tmp_path: Path) -> None:
     assert "above.qcow2: its chain leads to the image itself, which would be a loop" in done.err
 
 
+@pytest.mark.pinned("the folder holds all files", "data_file")
 def test_a_folder_moves_as_a_whole_and_names_start_at_the_image(tmp_path: Path) -> None:
     (tmp_path / "tree" / "bases").mkdir(parents=True)
     top = make(tmp_path / "tree")
