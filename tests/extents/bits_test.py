@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowkit.extents.bits import GranuleBits
-from qcowkit.extents.table import Flag
+from qcowkit.extents.ranges import RangeSet
+from qcowkit.extents.table import Flag, concatenate
 
 sizes = st.integers(0, 1 << 15)
 shifts = st.integers(9, 13)
@@ -40,8 +41,10 @@ def test_marking_dirties_every_granule_that_is_touched_and_no_other(size, shift,
     assert granules_of(make(size, shift, marks)) == touched(size, shift, marks)
 
 
-@given(size=sizes, shift=shifts, marks=ranges)
-def test_ranges_and_extents_say_what_the_bits_say(size, shift, marks) -> None:
+@given(
+    size=sizes, shift=shifts, marks=ranges, window=st.integers(1, 4), where=st.tuples(sizes, sizes)
+)
+def test_ranges_and_extents_say_what_the_bits_say(size, shift, marks, window, where) -> None:
     bits = make(size, shift, marks)
     wanted = [
         (granule << shift, min((granule + 1) << shift, size))
@@ -50,11 +53,18 @@ def test_ranges_and_extents_say_what_the_bits_say(size, shift, marks) -> None:
     inside = [byte for start, stop in bits.ranges() for byte in range(start, stop, 512)]
     assert inside == [byte for start, stop in wanted for byte in range(start, stop, 512)]
     assert bits.count == len(wanted)
-    table = bits.extents()
+    assert bits.dirty_bytes == sum(stop - start for start, stop in wanted)
+    begin, end = sorted(min(one, size) for one in where)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcowkit.extents.bits._WINDOW", window)
+        table = concatenate(list(bits.iter_extents(start=begin, stop=end)))
     table.check()
-    assert (table.begin, table.end) == (0, size)
+    assert bool((table.flags[1:] != table.flags[:-1]).all())
+    assert int(table.length.sum()) == end - begin
+    assert not len(table) or table.begin == begin
     dirty = table.take((table.flags & int(Flag.DIRTY)) != 0)
-    assert int(dirty.length.sum()) == sum(stop - start for start, stop in wanted)
+    assert RangeSet.from_table(table, int(Flag.DIRTY)) == bits.ranges().clip(begin, end)
+    assert len(dirty) == len(bits.ranges().clip(begin, end))
 
 
 @given(size=sizes, first=shifts, second=shifts, one=ranges, other=ranges)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from qcowkit.extents.algebra import clip, merge_rows
 from qcowkit.extents.ranges import RangeSet
-from qcowkit.extents.table import ExtentTable, Flag, make_table
+from qcowkit.extents.table import ExtentTable, Flag, concatenate, make_table
 from qcowkit.units import ceil_div
 
 Bytes = npt.NDArray[np.uint8]
@@ -146,15 +147,40 @@ class GranuleBits:
         found = RangeSet.of(np.concatenate(starts), np.concatenate(stops))
         return found.scale_up(self.granularity).clip(0, self.size)
 
-    def extents(self) -> ExtentTable:
-        """The whole disk as rows that are DIRTY or have no flag."""
-        dirty = self.ranges()
-        clean = dirty.complement(0, self.size)
-        start = np.concatenate((dirty.start, clean.start))
-        length = np.concatenate((dirty.stop, clean.stop)) - start
-        flags = np.where(np.arange(len(start)) < len(dirty), int(Flag.DIRTY), 0)
-        order = np.argsort(start, kind="stable")
-        return make_table(start[order], length[order], flags[order])
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes of the disk in dirty granules."""
+        if not self.granules:
+            return 0
+        last = self.granules - 1
+        is_last_dirty = bool(self.raw[last >> 3] >> (last & 7) & 1)
+        beyond = (self.granules << self.shift) - self.size
+        return (self.count << self.shift) - (beyond if is_last_dirty else 0)
+
+    def iter_extents(self, *, start: int, stop: int) -> Iterator[ExtentTable]:
+        """[start, stop) of the disk in tables of bounded length, whose rows are DIRTY or have no
+        flag; neighbours differ, across tables too."""
+        first, last = start >> self.shift >> 3, ceil_div(ceil_div(stop, self.granularity), 8)
+        waiting: ExtentTable | None = None
+        for begin in range(first, last, _WINDOW):
+            found = self._rows(begin, min(begin + _WINDOW, last), start=start, stop=stop)
+            if waiting is not None:
+                found = concatenate((waiting, found))
+                found = merge_rows(found, found.flags[1:] == found.flags[:-1])
+            waiting = found.take(slice(-1, None))
+            if len(found) > 1:
+                yield found.take(slice(0, -1))
+        if waiting is not None and start < stop:
+            yield waiting
+
+    def _rows(self, begin: int, end: int, *, start: int, stop: int) -> ExtentTable:
+        """The rows of packed bytes [begin, end), as far as they lie in [start, stop)."""
+        bits = np.unpackbits(self.raw[begin:end], bitorder="little")
+        edges = np.append(0, np.flatnonzero(np.diff(bits)) + 1).astype(np.int64)
+        flags = np.where(bits[edges], int(Flag.DIRTY), 0)
+        starts = (edges + begin * 8) << self.shift
+        length = np.diff(starts, append=end * 8 << self.shift)
+        return clip(make_table(starts, length, flags), start, stop)
 
     def _windows(self) -> Iterator[tuple[int, Bytes]]:
         """(first byte, packed bits) of the windows in which anything is dirty."""

@@ -136,13 +136,25 @@ class Chain:
             result = overlay(tables.pop(), result)
         return clip(result, start, stop)
 
-    def bitmap_extents(self, name: str) -> ExtentTable:
-        """The whole disk as a persistent bitmap of the top image sees it: rows are DIRTY, or have
-        no flag. Raises RequestError where there is no such bitmap, or an inconsistent one."""
+    def bitmap_extents(
+        self, name: str, *, start: int = 0, length: int | None = None
+    ) -> ExtentTable:
+        """[start, start + length) as a persistent bitmap of the top image sees it: rows are DIRTY,
+        or have no flag, and neighbours differ. Raises RequestError where there is no such bitmap,
+        or an inconsistent one, or the range leaves the disk."""
+        return concatenate(list(self.iter_bitmap_extents(name, start=start, length=length)))
+
+    def iter_bitmap_extents(
+        self, name: str, *, start: int = 0, length: int | None = None
+    ) -> Iterator[ExtentTable]:
+        """The same by tables of bounded length."""
         top = self.images[0]
         if not isinstance(top, Qcow2Image):
             raise RequestError(f"bitmap {name!r}: {self.format} images have no bitmaps")
-        return top.bitmap(name).extents()
+        bits = top.bitmap(name)
+        length = bits.size - start if length is None else length
+        check_range(start=start, length=length, size=bits.size)
+        yield from bits.iter_extents(start=start, stop=start + length)
 
     def iter_extents(
         self, *, start: int = 0, length: int | None = None, align: int = 1

@@ -5,9 +5,10 @@ carried out by one switch, or none is (docs/adr/0017)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 from qcowkit.budget import TRUSTED, Budget
@@ -57,7 +58,7 @@ class ListedBitmap:
         found = describe_bitmap(self.entry)
         if self.bits is not None:
             found["dirty-granules"] = self.bits.count
-            found["dirty-bytes"] = self.bits.ranges().total
+            found["dirty-bytes"] = self.bits.dirty_bytes
         return found
 
 
@@ -85,7 +86,7 @@ class BitmapList:
             if one.bits is None:
                 state = "inconsistent"
             else:
-                dirty = format_size(one.bits.ranges().total)
+                dirty = format_size(one.bits.dirty_bytes)
                 granules = str(one.bits.count)
             name = one.entry.name.replace("\n", "\\n")
             yield f"{size:>11}  {dirty:>10}  {granules:>10}  {state:<12}  {name}"
@@ -168,36 +169,29 @@ def open_editor(
     return BitmapEditor(layer.storage, metadata, budget=budget, observe=observe)
 
 
-def iter_bitmap_json(table: ExtentTable) -> Iterator[bytes]:
-    """The rows of `Chain.bitmap_extents` as one JSON array, an object a line."""
-    if not len(table):
-        yield b"[]\n"
-        return
+def iter_bitmap_json(tables: Iterable[ExtentTable]) -> Iterator[bytes]:
+    """The rows of `Chain.iter_bitmap_extents` as one JSON array, an object a line."""
     before = b"["
-    for row in table:
+    for row in chain.from_iterable(tables):
         dirty = b"true" if row.flags & Flag.DIRTY else b"false"
-        yield b'%s{"start": %d, "length": %d, "dirty": %s}' % (
-            before,
-            row.start,
-            row.length,
-            dirty,
-        )
+        shown = (before, row.start, row.length, dirty)
+        yield b'%s{"start": %d, "length": %d, "dirty": %s}' % shown
         before = b",\n "
-    yield b"]\n"
+    yield b"[]\n" if before == b"[" else b"]\n"
 
 
-def render_bitmap_map(table: ExtentTable) -> Iterator[str]:
-    """The same as lines to read, without line ends; the last one has the sum."""
-    digits = max(8, len(f"{table.end:x}")) + 2
+def render_bitmap_map(tables: Iterable[ExtentTable], *, size: int) -> Iterator[str]:
+    """The same as lines to read, without line ends; the last one has the sum. size: of the disk."""
+    digits = max(8, len(f"{size:x}")) + 2
     yield f"{'start':>{digits}}  {'end':>{digits}}  {'size':>9}  state"
-    total = 0
-    for row in table:
-        dirty = bool(row.flags & Flag.DIRTY)
-        total += row.length if dirty else 0
-        end = row.start + row.length
-        size, state = format_size(row.length), "dirty" if dirty else "clean"
-        yield f"{row.start:#{digits}x}  {end:#{digits}x}  {size:>9}  {state}"
-    yield f"{format_size(total)} of {format_size(table.end - table.begin)} dirty"
+    total = dirty = 0
+    for row in chain.from_iterable(tables):
+        is_dirty = bool(row.flags & Flag.DIRTY)
+        total += row.length
+        dirty += row.length if is_dirty else 0
+        end, state = row.start + row.length, "dirty" if is_dirty else "clean"
+        yield f"{row.start:#{digits}x}  {end:#{digits}x}  {format_size(row.length):>9}  {state}"
+    yield f"{format_size(dirty)} of {format_size(total)} dirty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,6 @@ from qcowkit.cli.options import parse_objects
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_bytes, write_lines, write_text
 from qcowkit.errors import RequestError
-from qcowkit.extents.algebra import clip
 from qcowkit.image.chain import Chain
 from qcowkit.operations.bitmap import iter_bitmap_json, render_bitmap_map
 from qcowkit.operations.map import iter_map_json, render_map_text
@@ -109,11 +108,11 @@ def _list_bitmap(args: Namespace, chain: Chain) -> None:
         raise RequestError(f"start offset {args.start} is beyond the disk of {chain.size} bytes")
     rest = chain.size - args.start
     length = rest if args.length is None else min(args.length, rest)
-    table = clip(chain.bitmap_extents(args.bitmap), args.start, args.start + length)
+    tables = chain.iter_bitmap_extents(args.bitmap, start=args.start, length=length)
     if args.output == "json":
-        write_bytes(iter_bitmap_json(table))
+        write_bytes(iter_bitmap_json(tables))
     else:
-        write_lines(render_bitmap_map(table))
+        write_lines(render_bitmap_map(tables, size=chain.size))
 
 
 def _picture_kind(name: str | None) -> str | None:
