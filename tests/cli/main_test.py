@@ -77,7 +77,7 @@ def test_an_unknown_flag_is_named_in_one_line(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     operands = {"compare": ["a", "b"], "convert": ["a", "b"], "completion": ["bash"]}
-    operands |= {"resize": ["a", "1M"], "diff": ["a", "b"]}
+    operands |= {"resize": ["a", "1M"], "diff": ["a", "b"], "capsule": ["a", "b"]}
     code = main([verb, *operands.get(verb, ["a"]), "--no-such-flag"])
     error = capsys.readouterr().err
     assert error == (

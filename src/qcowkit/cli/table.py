@@ -76,6 +76,7 @@ VERBS = (
     _own("io", "read, write and look with the command language of qemu-io"),
     _own("diff", "list what differs between two disks, or make an overlay of it"),
     _own("compact", "make the file of an image shorter, in place"),
+    _own("capsule", "copy the metadata of an image, and no guest data, to show it to others"),
     _own("headers", "list the allocated clusters as JSON"),
     _own("find-backing", "find a backing file that was moved, and repair its name"),
     _own("inspect", "judge whether a file of a stranger is safe to use"),

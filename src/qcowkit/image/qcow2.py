@@ -32,6 +32,7 @@ from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Extent, ExtentTable, Flag, Hit
 from qcowkit.image.plain import read_encrypted, read_plain
 from qcowkit.storage.protocol import Storage
+from qcowkit.storage.withheld import WithheldStorage
 from qcowkit.units import INT64_MAX, align_up
 
 
@@ -56,6 +57,10 @@ class Qcow2Image:
         secret: bytes | None = None,
         owner: Qcow2Image | None = None,
     ) -> None:
+        if metadata.header.capsule:
+            data_storage = WithheldStorage(
+                storage, what="a capsule", reason="guest data were left out when it was made"
+            )
         if metadata.data_file and data_storage is None:
             raise RequestError(f"{storage.name}: the external data file is not open")
         self.metadata = metadata
@@ -70,16 +75,22 @@ class Qcow2Image:
         self.size = self.mapping.size
         self._budget, self._options, self._owner = budget, options, owner
         self._is_snapshot = snapshot is not None
-        if owner is None:
+        if metadata.header.capsule:
+            # Its key material was left out too, and there is nothing to decrypt.
+            self.cipher = None
+        elif owner is None:
             self.cipher = open_cipher(metadata, storage, secret=secret, budget=budget)
         else:
             self.cipher = owner.cipher
         self.clusters = ClusterReader(
-            storage, kind=metadata.compression_type, cluster_size=self.cluster_size
+            # Compressed data are never in another file, and in a capsule nowhere.
+            self.data_storage if metadata.header.capsule else storage,
+            kind=metadata.compression_type,
+            cluster_size=self.cluster_size,
         )
         self._host_data: RangeSet | None = None
-        # A hole of the host reads as zeros, which decrypt to anything.
-        self._asked_host = self.cipher is not None
+        # A hole of the host reads as zeros, which decrypt to anything, or in a capsule were not.
+        self._asked_host = self.cipher is not None or metadata.header.capsule
 
     def snapshot(self, id_or_name: str) -> Qcow2Image:
         """A snapshot as a read-only image over the files of this one, which has to stay open, and

@@ -131,6 +131,10 @@ class WritableQcow2Image(Qcow2Image):
 
 
 def _check_writable(metadata: Qcow2Metadata) -> None:
+    if metadata.header.capsule:
+        raise UnsupportedFeature(
+            "writing", reason="this is a capsule, a copy of an image without its guest data"
+        )
     if metadata.encrypted is not None and metadata.data_file_raw:
         raise UnsupportedFeature(
             "encryption with a raw data file",

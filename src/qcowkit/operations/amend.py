@@ -113,6 +113,10 @@ def prepare_for_change(top: Layer, barriers: Barriers) -> None:
     Raises CorruptMetadata for one with its corrupt bit set, and as `recover_for_writing`."""
     metadata = top.metadata
     assert isinstance(metadata, Qcow2Metadata)
+    if metadata.header.capsule:
+        raise UnsupportedFeature(
+            "a change", reason="this is a capsule, a copy of an image without its guest data"
+        )
     if metadata.corrupt:
         raise CorruptMetadata(
             "header field incompatible_features",

@@ -29,6 +29,8 @@ V3_HEADER_LENGTH = 112
 MAX_BACKING_NAME = 1023
 MAX_SNAPSHOTS = 65536
 MAX_REFCOUNT_ORDER = 6
+# In the version of a capsule, a copy without guest data: other readers stop at the version.
+CAPSULE = 1 << 31
 _INT_MAX = (1 << 31) - 1
 _L1_ENTRY_SIZE = 8
 
@@ -119,7 +121,7 @@ class Header:
 
     For version 2 the fields from `incompatible_features` on hold what that version implies.
     unknown: the bytes from 105 to header_length (padding, then fields of a later specification),
-    kept verbatim."""
+    kept verbatim. capsule: the file is a copy of an image without its guest data."""
 
     version: int = 3
     backing_file_offset: int = 0
@@ -140,6 +142,7 @@ class Header:
     header_length: int = V3_HEADER_LENGTH
     compression_type: int = CompressionType.ZLIB
     unknown: bytes = bytes(7)
+    capsule: bool = False
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -147,12 +150,13 @@ class Header:
 
         Judges only what decides where the fields and the extensions lie (rows 1-5); `check` judges
         the rest. Raises CorruptMetadata, and UnsupportedFeature for an unknown version."""
-        version = _decode_version(raw)
+        version, capsule = _decode_version(raw)
         values = _V2.unpack_from(raw)
         fields: dict[str, int] = dict(zip(_V2_FIELDS, values[2:], strict=True))
         _check_cluster_bits(fields["cluster_bits"])
         if version == 2:
-            return cls(version=2, header_length=V2_HEADER_LENGTH, unknown=b"", **fields)
+            length = V2_HEADER_LENGTH
+            return cls(version=2, header_length=length, unknown=b"", capsule=capsule, **fields)
         fields |= zip(_V3_FIELDS, _V3.unpack_from(raw, _V2.size), strict=True)
         length = fields["header_length"]
         _check_header_length(length, cluster_size=1 << fields["cluster_bits"])
@@ -161,12 +165,14 @@ class Header:
         kind, unknown = 0, b""
         if length > MIN_V3_HEADER_LENGTH:
             kind, unknown = raw[MIN_V3_HEADER_LENGTH], raw[MIN_V3_HEADER_LENGTH + 1 : length]
-        return cls(version=3, compression_type=kind, unknown=bytes(unknown), **fields)
+        return cls(
+            version=3, compression_type=kind, unknown=bytes(unknown), capsule=capsule, **fields
+        )
 
     def encode(self) -> bytes:
         """The fixed part only: `header_length` bytes, without extensions and backing name."""
         values = [getattr(self, name) for name in _V2_FIELDS]
-        raw = _V2.pack(MAGIC, self.version, *values)
+        raw = _V2.pack(MAGIC, self.version | (CAPSULE if self.capsule else 0), *values)
         if self.version == 2:
             return raw
         raw += _V3.pack(*(getattr(self, name) for name in _V3_FIELDS))
@@ -280,7 +286,8 @@ def _bad(field: str, reason: str) -> CorruptMetadata:
     return CorruptMetadata(f"header field {field}", reason=reason, host_offset=FIELD_OFFSETS[field])
 
 
-def _decode_version(raw: bytes) -> int:
+def _decode_version(raw: bytes) -> tuple[int, bool]:
+    """The version, and whether the file is a capsule."""
     if raw[:4] != MAGIC:
         if len(raw) < V2_HEADER_LENGTH:
             raise CorruptMetadata("header", reason=f"{len(raw)} bytes, expected at least 72")
@@ -288,11 +295,13 @@ def _decode_version(raw: bytes) -> int:
     if len(raw) < V2_HEADER_LENGTH:
         raise CorruptMetadata("header", reason=f"{len(raw)} bytes, expected at least 72")
     version = int.from_bytes(raw[4:8], "big")
+    capsule = bool(version & CAPSULE) and version & ~CAPSULE in (2, 3)
+    version = version & ~CAPSULE if capsule else version
     if version not in (2, 3):
         raise UnsupportedFeature(f"qcow2 version {version}", reason="expected version 2 or 3")
     if version == 3 and len(raw) < MIN_V3_HEADER_LENGTH:
         raise CorruptMetadata("header", reason=f"{len(raw)} bytes, expected at least 104")
-    return version
+    return version, capsule
 
 
 def _check_cluster_bits(bits: int) -> None:

@@ -83,8 +83,10 @@ class Qcow2Metadata:
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """The files that the image names: backing file, then data file."""
-        found = []
+        """The files that the image names: backing file, then data file. A capsule stands alone."""
+        found: list[Reference] = []
+        if self.header.capsule:
+            return ()
         if self.backing_name is not None:
             declared = self.extensions.backing_format
             found.append(
@@ -421,6 +423,8 @@ def _load_luks(storage: Storage, extensions: Extensions) -> LuksHeader | None:
 
 def _warnings(header: Header, extensions: Extensions, virtual_size: int) -> tuple[str, ...]:
     found = []
+    if header.capsule:
+        found.append("this is a capsule: metadata of an image without its guest data")
     if header.crypt_method == CryptMethod.AES:
         found.append(LEGACY_AES)
     if header.size != virtual_size:

@@ -1,0 +1,105 @@
+"""A capsule: a copy of an image without its guest data, to show others what is wrong with it.
+
+Everything lies where it lay, byte for byte; what is left out is holes. One bit of the version says
+what it is: other programs refuse to open it, ours check and map it and refuse to read data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcowkit.codecs.qcow2.header import CAPSULE, FIELD_OFFSETS
+from qcowkit.codecs.qcow2.luks_header import LUKS_HEADER_BYTES
+from qcowkit.engine.findings import Effort, FindingLog
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.references import Survey, survey
+from qcowkit.errors import RequestError, UnsupportedFeature
+from qcowkit.image.lineage import Layer
+from qcowkit.storage.atomic import AtomicOutput
+from qcowkit.storage.locking import LockMode
+from qcowkit.storage.protocol import Storage
+from qcowkit.units import MiB, format_size
+
+_COPY = 4 * MiB
+# Key slots are not for others.
+_SECRET = "crypto header"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapsuleResult:
+    """Sizes in bytes: of the file, which is that of the image, and of what was copied."""
+
+    filename: str
+    size: int
+    copied: int
+
+    def as_json(self) -> dict[str, object]:
+        """The same by their names."""
+        return {"filename": self.filename, "size": self.size, "copied": self.copied}
+
+    def render(self) -> str:
+        """A line to read."""
+        copied, size = format_size(self.copied), format_size(self.size)
+        return f"{self.filename}: {copied} of metadata, in a file as long as the image, {size}"
+
+
+def make_capsule(
+    layer: Layer, path: str | os.PathLike[str], *, locking: LockMode = "auto"
+) -> CapsuleResult:
+    """Write the capsule of an image, which is only read, and may be damaged.
+
+    It appears under its name when it is complete. Raises UnsupportedFeature for other formats,
+    OperationError where tables ask for more work than the file can be worth, StorageError."""
+    metadata, source = layer.metadata, layer.storage
+    if not isinstance(metadata, Qcow2Metadata):
+        reason = f"{metadata.format} images have hardly any metadata, qcow2 images do"
+        raise UnsupportedFeature("capsule", reason=reason)
+    if metadata.header.capsule:
+        raise RequestError(f"{source.name}: is a capsule already")
+    effort = Effort(stored=source.allocated())
+    # What is wrong with it is what the capsule is for.
+    found = survey(source, metadata, log=FindingLog(limit=0), effort=effort)
+    copied = 0
+    with AtomicOutput(path, locking=locking) as output:
+        output.storage.truncate(source.size())
+        for offset, length in iter_pieces(found, metadata, size=source.size()):
+            copied += _copy(source, output.storage, offset=offset, length=length)
+        mark_capsule(output.storage)
+        output.commit()
+    return CapsuleResult(filename=os.fsdecode(path), size=source.size(), copied=copied)
+
+
+def iter_pieces(found: Survey, metadata: Qcow2Metadata, *, size: int) -> Iterator[tuple[int, int]]:
+    """(host offset, bytes) of metadata, ascending and apart. size: bytes of the file."""
+    bits = metadata.geometry.cluster_bits
+    claims = found.claims.without(_SECRET)
+    tables = claims.plus("L2 tables", first=found.tables.offset >> bits, count=1)
+    begin, end = tables.first << bits, (tables.first + tables.count) << bits
+    crypto = metadata.extensions.crypto
+    if crypto is not None:
+        begin = np.append(begin, crypto.offset)
+        end = np.append(end, crypto.offset + LUKS_HEADER_BYTES)
+    order = np.argsort(begin, kind="stable")
+    reach = 0
+    for index in order.tolist():
+        first, last = max(int(begin[index]), reach), min(int(end[index]), size)
+        if first < last:
+            yield first, last - first
+            reach = last
+
+
+def mark_capsule(storage: Storage) -> None:
+    """Set the bit that makes other readers stop."""
+    place = FIELD_OFFSETS["version"]
+    version = int.from_bytes(storage.pread(4, offset=place), "big")
+    storage.pwrite([(version | CAPSULE).to_bytes(4, "big")], offset=place)
+
+
+def _copy(source: Storage, target: Storage, *, offset: int, length: int) -> int:
+    for at in range(offset, offset + length, _COPY):
+        raw = source.pread(min(_COPY, offset + length - at), offset=at)
+        target.pwrite([raw], offset=at)
+    return length
