@@ -19,7 +19,7 @@ from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.zeros import zero_units
 from qcowkit.image.chain import Chain
-from qcowkit.operations.pairs import Mask, Pair, iter_pairs, read_part, unequal_units
+from qcowkit.operations.pairs import Mask, Pair, compare_part, iter_pairs
 from qcowkit.units import SECTOR, KiB, MiB, format_size, is_power_of_two
 
 WINDOW = 2 * MiB
@@ -131,11 +131,15 @@ class _Diff:
         """The units of a batch that differ, with data and with zeros. Runs in workers."""
         pair, start, stop = batch
         left, right = self._pool.take(), self._pool.take()
-        read_part(self._first, pair.first, left, start=start, stop=stop)
-        read_part(self._second, pair.second, right, start=start, stop=stop)
-        length = stop - start
-        differs = unequal_units(left[:length], right[:length], self._unit)
-        zero = zero_units(right[:length], self._unit)
+        differs = compare_part(
+            (self._second, self._first),
+            (pair.second, pair.first),
+            (right, left),
+            start=start,
+            stop=stop,
+            unit=self._unit,
+        )
+        zero = zero_units(right[: stop - start], self._unit)
         self._pool.give(left)
         self._pool.give(right)
         return self._ranges(differs & ~zero, start, stop), self._ranges(differs & zero, start, stop)

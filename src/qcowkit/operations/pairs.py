@@ -12,7 +12,8 @@ from qcowkit.extents.algebra import clip
 from qcowkit.extents.differences import may_differ, pad_to
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import ExtentTable, Int64Array, empty
-from qcowkit.image.chain import WINDOW_ENTRIES, Chain
+from qcowkit.extents.zeros import zero_units
+from qcowkit.image.chain import WINDOW_ENTRIES, Chain, data_rows
 from qcowkit.storage.file import FileStorage
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import align_down
@@ -92,6 +93,32 @@ def read_part(
         view.fill(0)
     else:
         disk.read_table(clip(table, start, stop), view.data)
+
+
+def compare_part(
+    disks: tuple[Chain | None, Chain | None],
+    tables: tuple[ExtentTable, ExtentTable],
+    buffers: tuple[Bytes, Bytes],
+    *,
+    start: int,
+    stop: int,
+    unit: int,
+) -> Mask:
+    """For each unit of [start, stop) whether two disks differ. The first buffer then holds what the
+    first of them shows; where one of them has no data the other is only looked at for zeros."""
+    length = stop - start
+    left, right = (buffer[:length] for buffer in buffers)
+    read_part(disks[0], tables[0], left, start=start, stop=stop)
+    if not _has_data(tables[1], start, stop):
+        return ~zero_units(left, unit)
+    read_part(disks[1], tables[1], right, start=start, stop=stop)
+    if not _has_data(tables[0], start, stop):
+        return ~zero_units(right, unit)
+    return unequal_units(left, right, unit)
+
+
+def _has_data(table: ExtentTable, start: int, stop: int) -> bool:
+    return len(data_rows(clip(table, start, stop))) > 0
 
 
 def unequal_units(left: Bytes, right: Bytes, unit: int) -> Mask:

@@ -15,7 +15,7 @@ from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Flag
 from qcowkit.extents.zeros import zero_units
 from qcowkit.image.chain import Chain
-from qcowkit.operations.pairs import Bytes, Mask, Pair, iter_pairs, read_part, unequal_units
+from qcowkit.operations.pairs import Bytes, Mask, Pair, compare_part, iter_pairs
 from qcowkit.units import MiB
 
 WINDOW = 2 * MiB
@@ -120,10 +120,15 @@ class RebaseCopy:
         """Runs in workers."""
         length = batch.stop - batch.start
         left, right = self._pool.take(), self._pool.take()
-        read_part(self._below, batch.pair.first, left, start=batch.start, stop=batch.stop)
-        read_part(self._other, batch.pair.second, right, start=batch.start, stop=batch.stop)
         try:
-            differs = unequal_units(left[:length], right[:length], self._unit)
+            differs = compare_part(
+                (self._below, self._other),
+                (batch.pair.first, batch.pair.second),
+                (left, right),
+                start=batch.start,
+                stop=batch.stop,
+                unit=self._unit,
+            )
         finally:
             self._pool.give(right)
         begins = batch.start + np.arange(len(differs), dtype=np.int64) * self._unit
