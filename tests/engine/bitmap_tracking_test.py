@@ -190,6 +190,30 @@ def test_all_bitmaps_may_go_and_come_between_two_writers() -> None:
     assert list(Rig(storage=memory).image.disk.bitmap("other").ranges()) == []
 
 
+def test_stale_bitmaps_record_nothing_and_stay_stale() -> None:
+    built = build_qcow2(bitmaps=(spec(),)).set_field("autoclear_features", 0)
+    memory = MemoryStorage(built.to_bytes())
+    rig = Rig(storage=memory)
+    rig.chain.write(b"x", offset=0)
+    rig.image.disk.close()
+    metadata = load_qcow2_metadata(memory)
+    assert metadata.bitmaps == ()
+    assert "the bitmaps are stale and ignored" in metadata.warnings[0]
+    assert IN_USE not in rig.events
+
+
+def test_an_unknown_autoclear_bit_goes_and_that_of_the_bitmaps_stays() -> None:
+    built = build_qcow2(bitmaps=(spec(),))
+    built.set_field("autoclear_features", built.header.autoclear_features | 1 << 40)
+    rig = Rig(built)
+    rig.chain.write(b"x", offset=0)
+    assert rig.events[:2] == ["autoclear bits before the first change", IN_USE]
+    rig.image.disk.close()
+    header = load_qcow2_metadata(rig.memory).header
+    assert header.autoclear_features == built.header.autoclear_features
+    assert dirty(rig) == [(0, 4096)]
+
+
 def test_a_disk_without_bitmaps_pays_no_barrier_for_them() -> None:
     rig = Rig()
     rig.chain.write(b"x", offset=0)
