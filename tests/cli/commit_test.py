@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import qcowkit
 from tests.command import qcow
 
 
@@ -138,3 +139,20 @@ def test_an_overlay_with_a_data_file_is_emptied(tmp_path: Path) -> None:
     qcow("check", top)
     qcow("io", "-c", "write -q -P 6 2M 100k", "-c", "read -q -P 2 1M 1M", top)
     qcow("check", top)
+
+
+def test_a_base_that_somebody_reads_is_not_written(tmp_path: Path) -> None:
+    base, top = make(tmp_path)
+    before = base.read_bytes()
+    with qcowkit.open(base, format="raw"):
+        done = qcow("commit", top, code=1)
+    assert "is open for reading elsewhere" in done.err
+    assert base.read_bytes() == before
+    qcow("commit", top)
+
+
+def test_a_rate_of_nothing_is_refused(tmp_path: Path) -> None:
+    _, top = make(tmp_path)
+    assert (
+        "-r is 0, expected at least 1 byte a second" in qcow("commit", "-r", "0", top, code=1).err
+    )

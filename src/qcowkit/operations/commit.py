@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.engine.barriers import Barriers
-from qcowkit.engine.batches import plan_batches, rows_of
 from qcowkit.engine.executor import (
-    BufferPool,
     ProgressReport,
-    RateLimit,
-    Workers,
     ignore_progress,
 )
 from qcowkit.engine.findings import Effort
@@ -32,17 +26,12 @@ from qcowkit.engine.qcow2.identity import set_identity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
-from qcowkit.extents.algebra import clip
-from qcowkit.extents.ranges import RangeSet
-from qcowkit.extents.table import ExtentTable, Flag
 from qcowkit.image.chain import Chain
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.registry import build_chain, build_image
-from qcowkit.operations.resize import check_size
-from qcowkit.units import MiB, format_size
-
-WINDOW = 2 * MiB
+from qcowkit.operations.commit_copy import CommitCopy
+from qcowkit.units import format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +67,6 @@ class Committed:
         return lines
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Window:
-    """A part of the disk: where the base gets data, and where zeros."""
-
-    table: ExtentTable
-    data: RangeSet
-    zeros: RangeSet
-
-
 def commit_image(
     path: str | os.PathLike[str],
     *,
@@ -118,6 +98,10 @@ def commit_image(
         writable_below=(depth,),
         locking=opening.locking,
     )
+    if base is not None and not (depth < len(layers) and _is_named(base, layers[depth])):
+        # Somebody has rebased a layer before it was held.
+        close_layers(layers)
+        raise RequestError(f"{base}: is no longer where it was in the chain of {os.fsdecode(path)}")
     return commit_layers(
         layers,
         depth=depth,
@@ -160,10 +144,11 @@ def commit_layers(
         with base:
             above = _above(layers[:depth], budget=budget, opening=opening)
             stack.callback(above.close)
-            work = _Commit(
+            work = CommitCopy(
                 above,
                 base,
-                options=options,
+                rate=options.rate,
+                threads=options.threads,
                 progress=progress,
                 cancel=cancel,
             )
@@ -193,84 +178,6 @@ def _above(layers: Sequence[Layer], *, budget: Budget, opening: OpenOptions) -> 
     )
 
 
-class _Commit:
-    """The copy. copied, zeroed: bytes."""
-
-    def __init__(
-        self,
-        above: Chain,
-        base: Chain,
-        *,
-        options: CommitOptions,
-        progress: ProgressReport,
-        cancel: threading.Event | None,
-    ) -> None:
-        self._above = above
-        self._base = base
-        self._options = options
-        self._progress = progress
-        self._cancel = cancel
-        self._pool = BufferPool(WINDOW)
-        # What a short layer between the two does not reach is zero, whatever the base holds.
-        self._reach = min(image.size for image in above.images)
-        # What is added to the base reads as zeros already.
-        self._old_size = base.size
-        self.copied = self.zeroed = 0
-
-    def grow(self) -> None:
-        """Make the base as large as the top's disk."""
-        if self._base.size < self._above.size:
-            check_size(self._above.size, format=self._base.format)
-            self._base.resize(self._above.size)
-
-    def run(self) -> None:
-        """Write what the layers above decide; durable on return."""
-        limit = RateLimit(self._options.rate)
-        with Workers(self._options.threads, cancel=self._cancel) as workers:
-            for window in self._windows():
-                workers.check_cancelled()
-                for start, stop in window.zeros:
-                    self._base.write_zeroes(offset=start, length=stop - start, unmap=True)
-                    self.zeroed += stop - start
-                for start, stop, buffer in workers.map_ordered(self._read, _pieces(window)):
-                    self._base.write(buffer[: stop - start].data, offset=start)
-                    self._pool.give(buffer)
-                    self.copied += stop - start
-                    self._progress(stop, self._above.size)
-                    limit.spend(stop - start)
-                self._progress(window.table.end, self._above.size)
-        self._base.flush()
-
-    def _windows(self) -> Iterator[_Window]:
-        for table in self._above.iter_extents(align=WINDOW):
-            zeros = rows_of(table, Flag.ZERO)
-            missing = rows_of(table, Flag.PRESENT).complement(table.begin, table.end)
-            hidden = missing.clip(max(table.begin, self._reach), table.end)
-            unseen = RangeSet.of([self._old_size], [max(self._old_size, table.end)])
-            yield _Window(
-                table=table,
-                data=rows_of(table, Flag.DATA, without=Flag.ZERO),
-                zeros=zeros.union(hidden).difference(unseen),
-            )
-
-    def _read(
-        self, piece: tuple[ExtentTable, int, int]
-    ) -> tuple[int, int, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-        """The bytes of a piece in a buffer of the pool. Runs in workers."""
-        table, start, stop = piece
-        buffer = self._pool.take()
-        self._above.read_table(clip(table, start, stop), buffer.data[: stop - start])
-        return start, stop, buffer
-
-
-def _pieces(window: _Window) -> Iterator[tuple[ExtentTable, int, int]]:
-    """Ranges of data within one WINDOW of the guest, and nothing of what lies between them."""
-    gaps = window.data.complement(window.table.begin, window.table.end)
-    starts, stops = plan_batches(window.data, window=WINDOW, barriers=gaps)
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        yield window.table, start, stop
-
-
 def _find_depth(
     path: str | os.PathLike[str],
     base: str,
@@ -283,15 +190,17 @@ def _find_depth(
     layers = open_layers(path, format=format, gate=gate, budget=budget, locking="off")
     try:
         for depth, layer in enumerate(layers[1:], 1):
-            names = () if layer.reference is None else layer.reference.names
-            if base in names or _is_path_of(base, layer):
+            if _is_named(base, layer):
                 return depth
     finally:
         close_layers(layers)
     raise RequestError(f"{base}: is not in the backing chain of {os.fsdecode(path)}")
 
 
-def _is_path_of(name: str, layer: Layer) -> bool:
+def _is_named(name: str, layer: Layer) -> bool:
+    """Whether a name of the command line means this layer, as its chain does or by its path."""
+    if layer.reference is not None and name in layer.reference.names:
+        return True
     return layer.path is not None and os.path.realpath(name) == os.path.realpath(layer.path)
 
 
