@@ -181,6 +181,12 @@ def _taken_and_deleted(tool: str) -> Command:
     return ("sh", "-c", '"$0" snapshot -c s "$1" && "$0" snapshot -d s "$1"', tool, "{full}")
 
 
+def _widened(tool: str) -> Command:
+    """Refcounts of another width, and of the old one again."""
+    script = '"$0" amend -q -o refcount_bits=32 "$1" && "$0" amend -q -o refcount_bits=16 "$1"'
+    return ("sh", "-c", script, tool, "{full}")
+
+
 def _bitmaps_changed(tool: str) -> Command:
     """A bitmap of fine granules made, another merged with it, both gone again."""
     script = (
@@ -362,6 +368,14 @@ ROWS: tuple[Row, ...] = (
         peer=_taken_and_deleted("qemu-img"),
         ours=_taken_and_deleted("{qcow}"),
         goal=1.5,
+        verify=("qemu-img", "check", "-q", "{full}"),
+    ),
+    Row(
+        name="amend-1t",
+        title="refcounts of a full disk of 1 TiB to 32 bits and back",
+        peer=_widened("qemu-img"),
+        ours=_widened("{qcow}"),
+        goal=1.0,
         verify=("qemu-img", "check", "-q", "{full}"),
     ),
     Row(

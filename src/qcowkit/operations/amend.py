@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from qcowkit.budget import Budget
     from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
+    from qcowkit.engine.executor import ProgressReport
     from qcowkit.engine.qcow2.renewed_data import GuestReader
     from qcowkit.image.chain import Chain
 
@@ -66,10 +67,12 @@ def amend_image(
     budget: Budget,
     opening: OpenOptions = DEFAULT_OPTIONS,
     barriers: Barriers | None = None,
+    progress: ProgressReport | None = None,
 ) -> Amended:
     """Change the options of the top image, which is open for writing with its data file.
 
-    layers: with what lies below where `options.needs_backing`. Raises RequestError before anything
+    layers: with what lies below where `options.needs_backing`. progress: of the bytes of tables, as
+    often as all of them are written anew. Raises RequestError before anything
     is written, and as `Amender.run`."""
     top = layers[0]
     if not isinstance(top.metadata, Qcow2Metadata):
@@ -87,7 +90,11 @@ def amend_image(
     session.check_size(top.metadata.virtual_size)
     prepare_for_change(top, barriers)
     amender = Amender(
-        storage=top.storage, data=data, barriers=barriers, make_reader=session.make_reader
+        storage=top.storage,
+        data=data,
+        barriers=barriers,
+        make_reader=session.make_reader,
+        progress=progress,
     )
     grows = options.size not in (None, top.metadata.virtual_size)
     changes = amender.run(options.amendment, resize=session.resize if grows else None)

@@ -8,10 +8,12 @@ from typing import Literal, cast
 from qcowkit.budget import TRUSTED
 from qcowkit.cli import exits
 from qcowkit.cli.common import (
+    add_cache,
     add_format,
     add_gate,
     add_image_opts,
     add_objects,
+    add_progress,
     add_quiet,
     image_specs,
     make_gate,
@@ -19,6 +21,7 @@ from qcowkit.cli.common import (
 from qcowkit.cli.options import Secret, asks_for_help, parse_bool, parse_objects, parse_options
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines, write_text
+from qcowkit.cli.progress import Progress
 from qcowkit.cli.secrets import find_secret, opening_of
 from qcowkit.engine.qcow2.amend import Amendment
 from qcowkit.errors import RequestError
@@ -76,7 +79,9 @@ def configure(parser: Parser) -> None:
         help="overwrite a key slot that is active, or give up the last key and so the content",
     )
     add_format(parser)
+    add_cache(parser, "-t", what="target")
     add_quiet(parser)
+    add_progress(parser)
     add_objects(parser)
     add_image_opts(parser)
     add_gate(parser)
@@ -123,7 +128,11 @@ def run(args: Namespace) -> int:
             secret = opening.secrets.at(0)
             done.append(change_keys(layers[0], change, secret=secret, force=args.force).render())
         if amending is not None:
-            done.append(amend_image(layers, amending, budget=TRUSTED, opening=opening).render())
+            with Progress.of(args, "amend") as progress:
+                result = amend_image(
+                    layers, amending, budget=TRUSTED, opening=opening, progress=progress
+                )
+            done.append(result.render())
         if text is not None:
             # Last, since it needs what is in the header by then.
             after = amend_identity(layers[0], guid, gate=make_gate(args))

@@ -30,6 +30,7 @@ from qcowkit.codecs.qcow2.header import (
 )
 from qcowkit.codecs.qcow2.snapshots import encode_snapshots
 from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.executor import ProgressReport
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.cutover import Cutover
 from qcowkit.engine.qcow2.first_cluster import rewrite_first_cluster
@@ -201,6 +202,7 @@ class Amender:
     data: Storage
     barriers: Barriers
     make_reader: Callable[[Qcow2Metadata], GuestReader]
+    progress: ProgressReport | None = None
 
     def run(self, amendment: Amendment, *, resize: Callable[[], None] | None = None) -> list[str]:
         """What was changed, as `key=value`. resize: changes the size at its place in the order.
@@ -254,7 +256,7 @@ class Amender:
             cutover.switch(header)
 
     def _effort(self) -> Effort:
-        return Effort(stored=self.storage.allocated(), factor=_FACTOR)
+        return Effort(stored=self.storage.allocated(), factor=_FACTOR, progress=self.progress)
 
     # Tables and refcounts
 
