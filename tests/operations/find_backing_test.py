@@ -169,6 +169,16 @@ def test_a_link_out_of_what_is_allowed_is_not_followed(
         assert found_by(index, str(outside.parent)) == [tmp_path / "link.qcow2"]
 
 
+def test_a_capsule_is_not_the_disk_that_it_was_made_of(index: BackingIndex, tmp_path: Path) -> None:
+    moved = move("archive/old.qcow2")
+    qcow("capsule", "-q", moved, "capsule.qcow2")
+    index.scan([tmp_path])
+    assert found_by(index) == [tmp_path / moved]
+    forge(tmp_path / "forged", tmp_path / "capsule.qcow2")
+    with BackingIndex(tmp_path / "forged") as forged:
+        assert found_by(forged) == []
+
+
 def test_a_file_under_two_names_is_found_once(index: BackingIndex, tmp_path: Path) -> None:
     moved = move("a.qcow2")
     os.link(moved, "b.qcow2")

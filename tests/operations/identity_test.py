@@ -137,6 +137,27 @@ def test_a_conversion_into_an_image_keeps_its_identity() -> None:
     assert load("top.qcow2").extensions.identity == before
 
 
+def test_a_delta_records_the_disk_that_it_is_put_over() -> None:
+    base = create("base.qcow2")
+    qcow("convert", "-O", "qcow2", "base.qcow2", "changed.qcow2")
+    qcow("io", "-c", "write -P 7 0 64k", "changed.qcow2")
+    flags = ["-q", "-O", "qcow2", "-o", "guid=auto"]
+    qcow("diff", *flags, "base.qcow2", "changed.qcow2", "delta.qcow2")
+    assert load("delta.qcow2").backing_identity == BackingIdentity(guid=base, length=MiB)
+
+
+def test_a_rebased_image_records_its_new_base() -> None:
+    create("base.qcow2")
+    own, other = overlay(), create("other.qcow2")
+    qcow("rebase", "-q", "-b", "other.qcow2", "-F", "qcow2", "top.qcow2")
+    assert load("top.qcow2").guid == own
+    assert load("top.qcow2").backing_identity == BackingIdentity(guid=other, length=MiB)
+    create("other.qcow2")
+    qcow("rebase", "-q", "-u", "-b", "other.qcow2", "-F", "qcow2", "top.qcow2")
+    assert (load("top.qcow2").guid, load("top.qcow2").backing_identity) == (own, None)
+    qcow("io", "-c", "write 0 64k", "top.qcow2")
+
+
 @pytest.mark.pinned("looks at lines of the text by a word", "data_file")
 def test_info_shows_both_guids() -> None:
     base, own = create("base.qcow2"), overlay()
@@ -184,6 +205,7 @@ def test_what_rewrites_metadata_keeps_the_identity() -> None:
         qcow("snapshot", "-q", *arguments, "top.qcow2")
     qcow("resize", "-q", "top.qcow2", "4M")
     qcow("check", "-q", "-r", "all", "top.qcow2")
+    qcow("compact", "-q", "top.qcow2")
     assert load("top.qcow2").extensions.identity == before
 
 

@@ -48,11 +48,13 @@ def canonical_format(name: str) -> str:
 
 
 def guid_of(metadata: Metadata) -> UUID | None:
-    """Which disk an image says it is: the GUID of a qcow2 image that has one, the unique id of a
-    VHD; None for everything else."""
+    """Which disk an image is, as it says: the GUID of a qcow2 image that has one, the unique id of
+    a VHD; None for everything else, and for a capsule, which is not the disk it was made of."""
     if isinstance(metadata, VhdMetadata):
         return metadata.unique_id
-    return metadata.guid if isinstance(metadata, Qcow2Metadata) else None
+    if not isinstance(metadata, Qcow2Metadata) or metadata.header.capsule:
+        return None
+    return metadata.guid
 
 
 def load_guid(storage: Storage) -> UUID | None:

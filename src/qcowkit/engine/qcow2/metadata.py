@@ -199,14 +199,15 @@ def load_qcow2_metadata(
 
 
 def load_qcow2_guid(storage: Storage) -> UUID | None:
-    """The GUID that the first cluster gives; nothing behind it is read or judged.
+    """The GUID that the first cluster gives; nothing behind it is read or judged. None for a
+    capsule, which has the header of the disk but is not the disk.
 
     Raises CorruptMetadata, UnsupportedFeature and StorageError."""
     raw = _read_first_cluster(storage)
     header = Header.decode(raw)
     stop = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
     identity = decode_extensions(raw, start=header.header_length, stop=stop).identity
-    return None if identity is None else identity.guid
+    return None if identity is None or header.capsule else identity.guid
 
 
 def load_bitmap_table(storage: Storage, bitmap: BitmapEntry, *, geometry: Geometry) -> array[int]:
