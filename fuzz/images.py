@@ -13,11 +13,13 @@ from itertools import islice
 
 from qcowkit.budget import Budget
 from qcowkit.codecs.qcow2.compression import make_compressor
+from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.errors import QcowkitError
 from qcowkit.image.chain import Chain
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.registry import build_chain
+from qcowkit.operations.bitmap import Action, BitmapAction, edit_bitmap, list_bitmaps
 from qcowkit.operations.check import Verdict, check_image, open_for_check
 from qcowkit.operations.headers import allocation_json
 from qcowkit.operations.info import describe_image, render_info
@@ -127,7 +129,7 @@ def _change_once(image: bytearray, how: int, where: int, value: int) -> None:
 def exercise(image: bytes | bytearray, format: str) -> None:
     """Ask everything of a file; any question may be refused. Raises all refusals as one."""
     refusals: list[str] = []
-    for question in (_open, _check, _inspect):
+    for question in (_open, _check, _inspect, _bitmaps):
         try:
             refusals += question(MemoryStorage(image), format)
         except QcowkitError as error:
@@ -190,6 +192,21 @@ def _check(storage: MemoryStorage, format: str) -> list[str]:
     list(result.render())
     assert result.verdict in Verdict
     return [str(finding) for finding in result.findings[:4]]
+
+
+def _bitmaps(storage: MemoryStorage, format: str) -> list[str]:
+    """List them, then let one more join them: all that writes metadata of the image but its own."""
+    if format != "qcow2":
+        return []
+    layer = Layer(storage=storage, metadata=load_qcow2_metadata(storage, budget=BUDGET))
+    found = list_bitmaps(layer, budget=BUDGET)
+    json.dumps(found.as_json())
+    for one in found.bitmaps:
+        if one.bits is not None:
+            list(islice(one.bits.iter_extents(start=0, stop=one.bits.size), 4))
+    edit_bitmap(layer, "new", [BitmapAction(action=Action.ADD)], budget=BUDGET)
+    assert "new" in {one.name for one in load_qcow2_metadata(storage).bitmaps}
+    return []
 
 
 def _inspect(storage: MemoryStorage, _: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from qcowkit.budget import TRUSTED
 from qcowkit.codecs.qcow2.bitmaps import BitmapFlag
+from qcowkit.codecs.qcow2.extensions import Extension
 from qcowkit.engine.qcow2 import bitmap_edit
 from qcowkit.engine.qcow2.bitmap_edit import BitmapEditor, default_granularity
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
@@ -242,6 +243,18 @@ def test_a_name_that_is_not_there_is_named() -> None:
     editor = edit(memory_with())
     with pytest.raises(RequestError, match="there is no bitmap 'b'"):
         editor.remove("b")
+
+
+def test_where_the_header_has_no_room_nothing_changes() -> None:
+    # Extensions that reach into the second sector, and a name behind them.
+    unknown = [Extension(type=0x1234, data=bytes(500))]
+    memory = memory_with(cluster_bits=10, unknown=unknown, backing_name="base" * 50)
+    editor = edit(memory)
+    editor.add("b")
+    with pytest.raises(RequestError, match="the first cluster has no room"):
+        editor.commit()
+    assert load_qcow2_metadata(memory).bitmaps == ()
+    assert_clean(memory)
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "pread", "flush", "truncate"])

@@ -20,7 +20,7 @@ from qcowkit.engine.qcow2.bitmap_bits import load_bits
 from qcowkit.engine.qcow2.first_cluster import rewrite_first_cluster
 from qcowkit.engine.qcow2.metadata import load_bitmap_table
 from qcowkit.engine.qcow2.state import WriteState
-from qcowkit.errors import CorruptMetadata
+from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.bits import GranuleBits
 from qcowkit.extents.table import Int64Array
 from qcowkit.units import ceil_div
@@ -88,14 +88,23 @@ class BitmapStore:
             extension = self._write_directory(entries, grants) if entries else None
             state.store_refcounts()
         except BaseException:
-            for first, count in grants:
-                state.allocator.free(first, count, punch=False)
+            self._give_up(grants)
             raise
-        # Whatever ends this early may leak one of the two, and never gives away what is in use.
-        self._switch(extension)
-        for first, count in old:
-            state.allocator.free(first, count, punch=state.options.pass_discard_other)
+        # Whatever else ends this early may leak one of the two, and gives away nothing in use.
+        try:
+            self._switch(extension)
+        except RequestError:
+            # There is no room in the first cluster, which is found before anything is written.
+            self._give_up(grants)
+            state.release()
+            raise
+        self._give_up(old)
         state.release()
+
+    def _give_up(self, runs: Sequence[_Run]) -> None:
+        punch = self._state.options.pass_discard_other
+        for first, count in runs:
+            self._state.allocator.free(first, count, punch=punch)
 
     def _switch(self, extension: BitmapsExtension | None) -> None:
         state = self._state
