@@ -20,6 +20,7 @@ from qcowkit.engine.executor import (
 )
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
+from qcowkit.engine.qcow2.compaction import compact
 from qcowkit.engine.qcow2.emptying import Emptier
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.identity import set_identity
@@ -32,6 +33,9 @@ from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.image.registry import build_chain, build_image
 from qcowkit.operations.commit_copy import CommitCopy
 from qcowkit.units import format_size
+
+# How much more than a check a round of compaction may do.
+_COMPACTING = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +262,16 @@ def _empty(layer: Layer) -> None:
         effort=Effort(stored=storage.allocated()),
         data=layer.data_storage,
     ).run()
+    if metadata.encrypted == "luks":
+        # Its data would be bound to their place, so nothing is moved there.
+        return
+    # The new tables lie behind what was given up.
+    compact(
+        storage,
+        load_qcow2_metadata(storage),
+        barriers=barriers,
+        make_effort=lambda: Effort(stored=storage.allocated(), factor=_COMPACTING),
+    )
 
 
 def _note_length(layer: Layer, size: int) -> None:
