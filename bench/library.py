@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import qcowkit
 from bench.images import GiB, MiB, make_disk, make_fragmented, repeat_disk
 from bench.measure import run_quietly
 from bench.rows import ENCRYPT, retried
+from qcowkit.operations.create import CreateOptions, create_image
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -155,6 +157,19 @@ def _vast(library: Library, path: Path) -> None:
     make_fragmented(path, library.scale.spots, step=library.scale.vast_step)
 
 
+def _moved(library: Library, path: Path) -> None:
+    """An overlay whose backing file lies among a thousand images in a directory beside it."""
+    gate = qcowkit.ReferenceGate.trusting()
+    values = {"size": MiB, "cluster_size": 4096, "guid": "auto"}
+    images = path.with_name(path.name + ".d")
+    images.mkdir()
+    for index in range(1000):
+        create_image(images / f"{index}.qcow2", CreateOptions.of("qcow2", values), gate=gate)
+    backing = {"backing_file": f"{images}/777.qcow2", "backing_fmt": "qcow2"}
+    create_image(path, CreateOptions.of("qcow2", {**values, **backing}), gate=gate)
+    (images / "777.qcow2").rename(images / "moved.qcow2")
+
+
 RECIPES: dict[str, Callable[[Library, Path], None]] = {
     "disk_raw": _disk_raw,
     "big_raw": _big_raw,
@@ -168,4 +183,5 @@ RECIPES: dict[str, Callable[[Library, Path], None]] = {
     "huge": _huge,
     "vast": _vast,
     "full": _full,
+    "moved": _moved,
 }

@@ -234,6 +234,12 @@ _SAME_DISK: Command = (
 )
 _INFO = ("info", "-f", "qcow2", "{disk_zlib}")
 _START = ("{python}", "-c", "pass")
+# The images lie in a directory beside the overlay.
+_FIND = ("--scan", "{moved}.d", "{moved}")
+_EACH_INFO = (
+    *("sh", "-c", 'for one in "$1"/*; do qemu-img info "$one" > /dev/null; done'),
+    *("-", "{moved}.d"),
+)
 
 ROWS: tuple[Row, ...] = (
     _convert("raw-qcow2-3g", "raw to qcow2, 3 GiB", source="big_raw", target="qcow2", goal=1.0),
@@ -400,6 +406,18 @@ ROWS: tuple[Row, ...] = (
         ours=_rebased("{qcow}", "--trust"),
         goal=1.0,
         verify=_SAME_DISK,
+    ),
+    Row(
+        name="find-backing",
+        title="a backing file found among 1,000 images, by a loop of info",
+        peer=_EACH_INFO,
+        ours=("{qcow}", "find-backing", "--index", ":memory:", *_FIND),
+    ),
+    Row(
+        name="find-backing-again",
+        title="the same with an index that knows the images",
+        peer=_EACH_INFO,
+        ours=("{qcow}", "find-backing", "--index", "{moved}.sqlite", *_FIND),
     ),
     _both("info", "info", *_INFO),
     Row(
