@@ -156,3 +156,20 @@ def test_a_rate_of_nothing_is_refused(tmp_path: Path) -> None:
     assert (
         "-r is 0, expected at least 1 byte a second" in qcow("commit", "-r", "0", top, code=1).err
     )
+
+
+@pytest.mark.pinned("version 2 holds no bitmaps", "compat=0.10")
+def test_bitmaps_of_the_overlay_stay_and_those_of_the_base_record_what_came(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qcow("create", "-q", "-f", "qcow2", base, "4M")
+    qcow("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", top)
+    for path in (base, top):
+        qcow("bitmap", "--add", path, "changes")
+    qcow("io", "-c", "write -q -P 2 1M 64k", top)
+    before = qcow("bitmap", "--list", "--output=json", top).json()
+    assert qcow("bitmap", "--list", "--output=json", base).json() != before
+    qcow("commit", "-q", top)
+    assert qcow("bitmap", "--list", "--output=json", top).json() == before
+    assert qcow("bitmap", "--list", "--output=json", base).json() == before
+    for path in (base, top):
+        qcow("check", "-q", path)
