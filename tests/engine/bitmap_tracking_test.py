@@ -315,6 +315,7 @@ def test_a_resize_that_is_refused_changes_no_bitmap() -> None:
     with pytest.raises(RequestError, match="shrinking"):
         rig.chain.resize(512)
     rig.image.disk.close()
+    assert rig.file.of("pwrite") == []
     assert dirty(rig) == [(0, 4096)]
     assert flags_of(rig) == {"b": ON}
 

@@ -104,16 +104,17 @@ class Qcow2Disk:
 
     def resize(self, size: int, *, shrink: bool, preallocation: str, expose: bool = False) -> None:
         """Another size of the disk, in bytes. expose: see `Resizer.resize`."""
-        with self._lock, self._change():
-            before = self._mapping.size
-            resizer = self._resizer
+        resizer = self._resizer
+        with self._lock:
             resizer.check(size, shrink=shrink, preallocation=preallocation, expose=expose)
-            self._bitmaps.begin_resize(size)
-            try:
-                resizer.resize(size, shrink=shrink, preallocation=preallocation, expose=expose)
-                self.state.resize_caches()
-            finally:
-                self._bitmaps.end_resize(before)
+            with self._change():
+                before = self._mapping.size
+                self._bitmaps.begin_resize(size)
+                try:
+                    resizer.resize(size, shrink=shrink, preallocation=preallocation, expose=expose)
+                    self.state.resize_caches()
+                finally:
+                    self._bitmaps.end_resize(before)
 
     def flush(self) -> None:
         """All that was acknowledged is durable."""
