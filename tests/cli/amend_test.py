@@ -183,3 +183,28 @@ def test_help_lists_the_keys() -> None:
     text = qcow("amend", "-o", "help").out.decode()
     assert "compression_type=<str>" in text
     assert "encrypt.state=<str>" in text
+
+
+@pytest.mark.peer("qemu-io")
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_encrypted_data_move_with_their_passphrase(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    keys = KINDS[kind] + ",encrypt.key-secret=s,cluster_size=4k"
+    secret = ("--object", "secret,id=s,data=old")
+    qcow("create", "-q", "-f", "qcow2", *secret, "-o", keys, path, "1M")
+    disk = described(path)
+    # Out of order, so that no two clusters lie together.
+    writes = [f"write -q -P {number + 1} {number * 4}k 3k" for number in (5, 3, 1, 2, 4, 0)]
+    words = [word for write in writes for word in ("-c", write)]
+    qcow("io", *secret, "--image-opts", *words, disk)
+    before = path.read_bytes()
+    assert "secret" in qcow("amend", "-o", "cluster_size=16k", path, code=1).err
+    assert path.read_bytes() == before
+    options = "cluster_size=16k,extended_l2=on"
+    qcow("amend", "-q", *secret, "--image-opts", "-o", options, disk)
+    reads = [f"read -q -P {number + 1} {number * 4}k 3k" for number in range(6)]
+    words = [word for read in reads for word in ("-c", read)]
+    qcow("io", *secret, "--image-opts", *words, disk)
+    qcow("check", "-q", path)
+    compat = f"driver=qcow2,encrypt.format={kind},encrypt.key-secret=s,file.filename={path}"
+    run_qemu("qemu-io", *secret, "--image-opts", *words, compat)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import qcow
+from tests.crypt_disks import KINDS, described
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.pinned("its kinds of images are its own")
@@ -67,3 +68,23 @@ def test_qemu_finds_the_same_disk_in_a_sound_image(holey: Path, tmp_path: Path) 
     qcow("compact", "-q", holey)
     run_peer("qemu-img", "check", "-q", holey)
     run_peer("qemu-img", "compare", "-q", before, holey)
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_encrypted_data_are_encrypted_for_their_new_place(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    secret = ("--object", "secret,id=s,data=old")
+    keys = KINDS[kind] + ",encrypt.key-secret=s"
+    qcow("create", "-q", "-f", "qcow2", *secret, "-o", keys, path, "16M")
+    words = ("-c", "write -q -P 3 0 8M", "-c", "write -q -P 4 8M 2M", "-c", "discard -q 0 7M")
+    qcow("io", *secret, "--image-opts", "-d", "unmap", *words, described(path))
+    if kind == "luks":
+        before = path.read_bytes()
+        assert "secret" in qcow("compact", path, code=1).err
+        assert path.read_bytes() == before
+    size = path.stat().st_size
+    qcow("compact", "-q", *secret, "--image-opts", described(path))
+    assert path.stat().st_size < size - (4 << 20)
+    reads = ("-c", "read -q -P 3 7M 1M", "-c", "read -q -P 4 8M 2M")
+    qcow("io", *secret, "--image-opts", *reads, described(path))
+    qcow("check", "-q", path)

@@ -16,7 +16,7 @@ from qcowkit.image.metadata import RawMetadata
 from qcowkit.operations.amend import AmendOptions, amend_image
 from qcowkit.operations.check import Verdict
 from qcowkit.storage.memory import MemoryStorage
-from qcowkit.testing.qcow2_builder import SnapshotSpec, Zero, build_qcow2
+from qcowkit.testing.qcow2_builder import BitmapSpec, SnapshotSpec, Zero, build_qcow2
 from qcowkit.units import KiB, MiB
 from tests.amending import Disk, make_disk
 
@@ -208,6 +208,63 @@ def test_a_snapshot_table_of_old_becomes_one_of_version_3() -> None:
     disk.amend(compat="1.1")
     assert [one.name for one in load_qcow2_metadata(storage).snapshots] == ["old"]
     assert disk.check().verdict is Verdict.CLEAN
+
+
+def test_bitmaps_stay_with_the_disk() -> None:
+    bitmap = BitmapSpec(name="b", bits=b"\xff" * 4)
+    built = build_qcow2(cluster_bits=14, bitmaps=[bitmap], clusters={0: b"x", 3: Zero()})
+    disk = Disk(storage=MemoryStorage(built.to_bytes()))
+    before = load_qcow2_metadata(disk.storage).bitmaps
+    disk.amend(extended_l2=True, compression_type="zstd", refcount_bits=32)
+    assert load_qcow2_metadata(disk.storage).bitmaps == before
+    assert disk.check().verdict is Verdict.CLEAN
+    with pytest.raises(RequestError, match="persistent bitmaps, which are made of clusters"):
+        disk.amend(cluster_size=32 * KiB)
+    with pytest.raises(RequestError, match=r"compat=0\.10 excludes .*persistent bitmaps"):
+        disk.amend(compat="0.10")
+
+
+def with_machine_state() -> Disk:
+    """A disk of 1 MiB whose snapshot has a machine state behind it, one cluster of it zero."""
+    behind = (1 << 14) // 8
+    snapshot = SnapshotSpec(
+        id="1",
+        name="vm",
+        vm_state_size=20000,
+        disk_size=64 * MiB,
+        clusters={0: b"then", 2: Zero(), behind: b"state", behind + 1: Zero()},
+    )
+    built = build_qcow2(cluster_bits=14, size=64 * MiB, clusters={0: b"now"}, snapshots=[snapshot])
+    # It was built with a table for both, and is a smaller disk.
+    place = built.places["snapshots"] + 48
+    built.data[24:32] = built.data[place : place + 8] = MiB.to_bytes(8, "big")
+    return Disk(storage=MemoryStorage(built.to_bytes()))
+
+
+def machine_state(disk: Disk) -> bytes:
+    """The first bytes of it, by way of the tables."""
+    (entry,) = load_qcow2_metadata(disk.storage).snapshots
+    mask = 0x00FF_FFFF_FFFF_FE00
+    place = entry.l1_offset + 8
+    for _ in range(2):
+        place = int.from_bytes(disk.storage.pread(8, offset=place), "big") & mask
+    return disk.storage.pread(5, offset=place)
+
+
+@pytest.mark.parametrize("options", [{"compat": "0.10"}, {"refcount_bits": 64}], ids=str)
+def test_a_machine_state_stays_behind_its_snapshot(options: dict[str, Any]) -> None:
+    disk = with_machine_state()
+    before = disk.view()
+    disk.amend(**options)
+    assert disk.view() == before
+    assert machine_state(disk) == b"state"
+    assert disk.check().verdict is Verdict.CLEAN
+
+
+def test_a_machine_state_does_not_move() -> None:
+    disk = with_machine_state()
+    with pytest.raises(RequestError, match="holds the state of a machine, whose place depends"):
+        disk.amend(cluster_size=4 * KiB)
 
 
 # What is refused

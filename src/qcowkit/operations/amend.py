@@ -5,7 +5,7 @@ a crash or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.image.lineage import Layer
+from qcowkit.image.qcow2 import Qcow2Image
 from qcowkit.image.qcow2_write import WritableQcow2Image
 from qcowkit.image.registry import build_chain
 from qcowkit.operations.resize import SizeChange, resize
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from qcowkit.budget import Budget
     from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
+    from qcowkit.engine.crypt import DataCipher
     from qcowkit.engine.executor import ProgressReport
     from qcowkit.engine.qcow2.renewed_data import GuestReader
     from qcowkit.image.chain import Chain
@@ -169,7 +171,7 @@ class _Session:
         """The size that the options ask for."""
         wanted = self._options.size
         assert wanted is not None
-        chain = self._chain(load_qcow2_metadata(self._layers[0].storage), writable=True)
+        chain = self.chain(load_qcow2_metadata(self._layers[0].storage), writable=True)
         resize(chain, SizeChange(size=wanted))
         image = chain.images[0]
         assert isinstance(image, WritableQcow2Image)
@@ -177,21 +179,12 @@ class _Session:
 
     def make_reader(self, metadata: Qcow2Metadata) -> GuestReader:
         """Reads the disk, or a snapshot, through all layers."""
-        chains: dict[str | None, Chain] = {}
+        return _Reader(lambda snapshot: self.chain(metadata, snapshot=snapshot))
 
-        def read(
-            snapshot: SnapshotEntry | None, buffer: npt.NDArray[np.uint8], *, offset: int
-        ) -> None:
-            name = None if snapshot is None else snapshot.id
-            if name not in chains:
-                chains[name] = self._chain(metadata, snapshot=name)
-            chains[name].read_into(buffer, offset=offset)
-
-        return read
-
-    def _chain(
+    def chain(
         self, metadata: Qcow2Metadata, *, snapshot: str | None = None, writable: bool = False
     ) -> Chain:
+        """The disk by these metadata."""
         top = replace(self._layers[0], metadata=metadata)
         return build_chain(
             [top, *self._layers[1:]],
@@ -200,3 +193,27 @@ class _Session:
             writable=writable,
             options=self._opening,
         )
+
+
+class _Reader:
+    """See `GuestReader`. Nothing is opened before it is asked for."""
+
+    def __init__(self, open_chain: Callable[[str | None], Chain]) -> None:
+        self._open = open_chain
+        self._chains: dict[str | None, Chain] = {}
+
+    def __call__(
+        self, snapshot: SnapshotEntry | None, buffer: npt.NDArray[np.uint8], *, offset: int
+    ) -> None:
+        self._chain(None if snapshot is None else snapshot.id).read_into(buffer, offset=offset)
+
+    def cipher(self) -> DataCipher | None:
+        """That of the top image."""
+        image = self._chain(None).images[0]
+        assert isinstance(image, Qcow2Image)
+        return image.cipher
+
+    def _chain(self, snapshot: str | None) -> Chain:
+        if snapshot not in self._chains:
+            self._chains[snapshot] = self._open(snapshot)
+        return self._chains[snapshot]

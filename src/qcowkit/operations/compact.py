@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcowkit.budget import TRUSTED, Budget
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.compaction import Compacted, compact
+from qcowkit.engine.qcow2.crypt import open_cipher
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.errors import UnsupportedFeature
 from qcowkit.image.lineage import Layer
@@ -42,22 +44,34 @@ class CompactResult:
         return f"{self.filename}: {before} to {after}, {format_size(self.done.moved)} moved"
 
 
-def compact_image(layer: Layer, *, barriers: Barriers | None = None) -> CompactResult:
+def compact_image(
+    layer: Layer,
+    *,
+    barriers: Barriers | None = None,
+    secret: bytes | None = None,
+    budget: Budget = TRUSTED,
+) -> CompactResult:
     """Move what lies at the end of the file into its holes, and cut it.
 
-    layer: open for writing; nothing but its file is looked at. Raises UnsupportedFeature for other
-    formats, and as `engine.qcow2.compaction.compact`."""
+    layer: open for writing; nothing but its file is looked at. secret: the passphrase of an image
+    that is encrypted with LUKS. Raises UnsupportedFeature for other formats, RequestError without
+    the passphrase, and as `engine.qcow2.compaction.compact`."""
     if not isinstance(layer.metadata, Qcow2Metadata):
         name = layer.metadata.format
         raise UnsupportedFeature("compact", reason=f"{name} images cannot be, qcow2 images can")
     storage = layer.storage
     barriers = barriers or Barriers(storage)
+    cipher = None
+    if layer.metadata.encrypted == "luks":
+        # By legacy AES data are encrypted for their guest offset, which stays.
+        cipher = open_cipher(layer.metadata, storage, secret=secret, budget=budget)
     prepare_for_change(layer, barriers)
     done = compact(
         storage,
         load_qcow2_metadata(storage),
         barriers=barriers,
         make_effort=lambda: Effort(stored=storage.allocated(), factor=_FACTOR),
+        cipher=cipher,
     )
     filename = storage.name if layer.path is None else str(layer.path)
     return CompactResult(filename=filename, done=done)

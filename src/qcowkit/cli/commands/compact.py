@@ -10,6 +10,7 @@ from qcowkit.cli.common import (
     add_format,
     add_gate,
     add_image_opts,
+    add_objects,
     add_output,
     add_quiet,
     image_specs,
@@ -19,6 +20,7 @@ from qcowkit.cli.common import (
 )
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines
+from qcowkit.cli.secrets import opening_of
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.compact import compact_image
 
@@ -32,6 +34,7 @@ def configure(parser: Parser) -> None:
     )
     add_quiet(parser)
     add_output(parser)
+    add_objects(parser)
     add_image_opts(parser)
     add_gate(parser)
     parser.examples("qcow compact disk.qcow2", "qcow compact --output=json disk.qcow2")
@@ -40,6 +43,7 @@ def configure(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     """Compact the file alone, and say what was gained."""
     (spec,) = image_specs(args, [args.file], format=args.format)
+    opening = opening_of(args, spec)
     layers = open_layers(
         spec.path,
         format=spec.format,
@@ -48,11 +52,11 @@ def run(args: Namespace) -> int:
         writable=True,
         follow_backing=False,
         follow_data=False,
-        locking=spec.opening.locking,
+        locking=opening.locking,
     )
     try:
         warn(args, layers[0].warnings)
-        result = compact_image(layers[0])
+        result = compact_image(layers[0], secret=opening.secrets.at(0))
     finally:
         close_layers(layers)
     if args.output == "json":

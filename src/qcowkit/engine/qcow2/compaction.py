@@ -24,6 +24,7 @@ from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
 from qcowkit.codecs.qcow2.transitions import compressed, hosts_of
 from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.crypt import DataCipher
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.census import Census, take_census
 from qcowkit.engine.qcow2.layout import refcount_clusters
@@ -31,7 +32,6 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.renewed_data import PACKING_ORDER
 from qcowkit.engine.qcow2.room import Holes, NoRoom
 from qcowkit.engine.qcow2.transform import Transform, Tree
-from qcowkit.errors import RequestError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
 from qcowkit.units import SECTOR, MiB, ceil_div
@@ -59,21 +59,18 @@ def compact(
     *,
     barriers: Barriers,
     make_effort: Callable[[], Effort],
+    cipher: DataCipher | None = None,
 ) -> Compacted:
     """Shorten the file as far as that can be. The image is recovered and closed to everybody else.
 
-    Raises RequestError for images whose data cannot move, CorruptMetadata, OperationError and
-    StorageError; the image is sound at any moment."""
-    if metadata.encrypted == "luks":
-        raise RequestError(
-            "the image is encrypted with LUKS, whose data are bound to their place: convert it "
-            "instead"
-        )
+    cipher: of an image whose data are encrypted for their place. Raises RequestError for an image
+    that has to be repaired first, CorruptMetadata, OperationError and StorageError; the image is
+    sound at any moment."""
     before, moved, rounds = storage.size(), 0, 0
     while True:
         metadata = load_qcow2_metadata(storage)
         census = take_census(storage, metadata, effort=make_effort())
-        done = _run_round(storage, metadata, census, barriers, make_effort)
+        done = _run_round(storage, metadata, census, barriers, make_effort, cipher)
         if done is None:
             return Compacted(before=before, after=storage.size(), moved=moved, rounds=rounds)
         moved, rounds = moved + done, rounds + 1
@@ -85,6 +82,7 @@ def _run_round(
     census: Census,
     barriers: Barriers,
     make_effort: Callable[[], Effort],
+    cipher: DataCipher | None,
 ) -> int | None:
     """Bytes that were moved; None where a shorter file is not to be had."""
     size, slack = metadata.cluster_size, census.packed // 64
@@ -96,7 +94,13 @@ def _run_round(
             return None
         room = Holes(np.flatnonzero(~census.used[:limit]), end=last_kept(census, limit) + 1)
         run = Compaction(
-            storage, metadata, room=room, limit=limit, barriers=barriers, effort=make_effort()
+            storage,
+            metadata,
+            room=room,
+            limit=limit,
+            barriers=barriers,
+            effort=make_effort(),
+            cipher=cipher,
         )
         try:
             run.run()
@@ -151,19 +155,22 @@ class Compaction(Transform):
         limit: int,
         barriers: Barriers,
         effort: Effort,
+        cipher: DataCipher | None = None,
     ) -> None:
-        """limit: host cluster; data from there on move into `room`."""
+        """limit: host cluster; data from there on move into `room`. cipher: for data that are
+        encrypted for their place."""
         super().__init__(
             storage,
             metadata,
             metadata.header,
             data=storage,
-            read=_read_nothing,
+            read=_NoReader(),
             barriers=barriers,
             effort=effort,
             room=room,
         )
         self._limit = limit
+        self._cipher = cipher
         self._bits = metadata.geometry.cluster_bits
         self.moved = 0
         end = ceil_div(storage.size(), metadata.cluster_size)
@@ -209,8 +216,13 @@ class Compaction(Transform):
         for begin, end in zip(edges[:-1], edges[1:], strict=True):
             for at in range(begin, end, most):
                 length = (min(end, at + most) - at) * size
-                raw = self._storage.pread(length, offset=int(old[at]) * size)
-                self._storage.pwrite([raw.ljust(length, b"\0")], offset=int(new[at]) * size)
+                raw = bytearray(length)
+                self._storage.pread_into(raw, offset=int(old[at]) * size)
+                if self._cipher is not None:
+                    # Its IVs count sectors of the file, whatever the guest offset.
+                    self._cipher.decrypt(memoryview(raw), host=int(old[at]) * size, guest=0)
+                    self._cipher.encrypt_in_place(raw, host=int(new[at]) * size, guest=0)
+                self._storage.pwrite([raw], offset=int(new[at]) * size)
         self.moved += len(old) * size
 
     def _move_packed(self, entry: int) -> int:
@@ -242,7 +254,14 @@ class Compaction(Transform):
         return place
 
 
-def _read_nothing(
-    snapshot: SnapshotEntry | None, buffer: npt.NDArray[np.uint8], *, offset: int
-) -> None:
-    raise AssertionError("a move rewrites no content")
+class _NoReader:
+    """A move rewrites no content."""
+
+    def __call__(
+        self, snapshot: SnapshotEntry | None, buffer: npt.NDArray[np.uint8], *, offset: int
+    ) -> None:
+        raise AssertionError("a move rewrites no content")
+
+    def cipher(self) -> DataCipher | None:
+        """Asked by nobody."""
+        return None

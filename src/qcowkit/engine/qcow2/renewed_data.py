@@ -19,6 +19,7 @@ from qcowkit.codecs.qcow2.entries import (
 )
 from qcowkit.codecs.qcow2.geometry import Geometry
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
+from qcowkit.engine.crypt import DataCipher
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.room import Room
 from qcowkit.errors import RequestError
@@ -39,6 +40,9 @@ class GuestReader(Protocol):
         self, snapshot: SnapshotEntry | None, buffer: npt.NDArray[np.uint8], *, offset: int
     ) -> None:
         """Fill `buffer` from guest byte `offset` on; the range lies inside the disk."""
+
+    def cipher(self) -> DataCipher | None:
+        """That of the image, None where it is in clear. Raises RequestError without its key."""
 
 
 class DataRenewal:
@@ -78,10 +82,6 @@ class DataRenewal:
     ) -> tuple[Uint64Array, Uint64Array]:
         """(entries, bitmaps) of guest clusters at `offsets`, ascending, once their content is
         written; packed: which of them are compressed. All of shape (n,)."""
-        if len(offsets) and self._metadata.encrypted is not None:
-            raise RequestError(
-                "the image is encrypted, and guest data would have to move: convert it instead"
-            )
         if len(offsets) and int(offsets[-1]) >= disk_size:
             raise RequestError(
                 "a snapshot holds the state of a machine, which would have to move: delete it first"
@@ -123,7 +123,8 @@ class DataRenewal:
         if self._metadata.data_file:
             # Each cluster has its place there; what the old tables show of it does not change.
             length = min(len(buffer), disk_size - start)
-            self._data.pwrite([buffer[:length].data], offset=start)
+            raw = self._seal(buffer[:length].data, host=start, guest=start)
+            self._data.pwrite([raw], offset=start)
             entries[:] = np.arange(len(entries)) * self._size + start
             entries |= np.uint64(COPIED)
             bitmaps[:] = ALL_ALLOCATED
@@ -140,23 +141,35 @@ class DataRenewal:
                 plain.append(index)
             else:
                 entries[index] = word
-        self._store(buffer, plain, entries, bitmaps)
+        if plain:
+            hosts = self._store(buffer, start, plain)
+            entries[plain] = hosts.astype(np.uint64)
+            bitmaps[plain] = ALL_ALLOCATED
 
     def _store(
-        self,
-        buffer: npt.NDArray[np.uint8],
-        plain: list[int],
-        entries: Uint64Array,
-        bitmaps: Uint64Array,
-    ) -> None:
-        if not plain:
-            return
-        first = self._room.take(len(plain))
+        self, buffer: npt.NDArray[np.uint8], start: int, plain: list[int]
+    ) -> npt.NDArray[np.int64]:
+        """Host offsets of clusters of the buffer, written side by side."""
         rows = buffer.reshape(-1, self._size)[plain]
-        self._storage.pwrite([rows.data.cast("B")], offset=first * self._size)
-        hosts = (np.arange(len(plain)) + first) * self._size
-        entries[plain] = hosts.astype(np.uint64)
-        bitmaps[plain] = ALL_ALLOCATED
+        place = self._room.take(len(plain)) * self._size
+        hosts = np.arange(len(plain), dtype=np.int64) * self._size + place
+        if self._metadata.encrypted is None:
+            self._storage.pwrite([rows.data.cast("B")], offset=place)
+            return hosts
+        sealed = [
+            self._seal(row.data, host=host, guest=start + index * self._size)
+            for row, host, index in zip(rows, hosts.tolist(), plain, strict=True)
+        ]
+        self._storage.pwrite(sealed, offset=place)
+        return hosts
+
+    def _seal(self, data: memoryview, *, host: int, guest: int) -> memoryview | bytearray:
+        """Guest data as they lie in the file."""
+        if self._metadata.encrypted is None:
+            return data
+        cipher = self._read.cipher()
+        assert cipher is not None, "an encrypted image has one"
+        return cipher.encrypt(data, host=host, guest=guest)
 
     @property
     def _must_store_zeros(self) -> bool:
