@@ -217,6 +217,17 @@ def _rebased(tool: str, *flags: str) -> Command:
     return ("sh", "-c", script, "-", "{disk_qcow2}", "{out}", *words)
 
 
+def _rebased_above(tool: str, *flags: str) -> Command:
+    """An empty overlay of the disk put over another empty one: nothing differs."""
+    script = (
+        'disk=$1 overlay=$2; shift 2; for one in "$overlay.base" "$overlay"; do '
+        'qemu-img create -q -f qcow2 -F qcow2 -b "$disk" "$one"; done; '
+        '"$@" -b "$overlay.base" "$overlay"'
+    )
+    words = (tool, "rebase", "-q", *flags, "-F", "qcow2")
+    return ("sh", "-c", script, "-", "{disk_qcow2}", "{out}", *words)
+
+
 def retried(*command: str) -> Command:
     """A command that makes a LUKS header with qemu-img, which sometimes finds the clock too coarse
     to count iterations by; ten times are enough."""
@@ -418,6 +429,14 @@ ROWS: tuple[Row, ...] = (
         title="the same with an index that knows the images",
         peer=_EACH_INFO,
         ours=("{qcow}", "find-backing", "--index", "{moved}.sqlite", *_FIND),
+    ),
+    Row(
+        name="rebase-shared",
+        title="rebase between overlays of one disk of 700 MB",
+        peer=_rebased_above("qemu-img"),
+        ours=_rebased_above("{qcow}", "--trust"),
+        goal=1.0,
+        verify=_SAME_DISK,
     ),
     _both("info", "info", *_INFO),
     Row(
