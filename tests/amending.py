@@ -11,7 +11,7 @@ from qcowkit.budget import TRUSTED
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.options import OpenOptions
-from qcowkit.engine.qcow2.amend import Amendment
+from qcowkit.engine.qcow2.amend_plan import Amendment
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.engine.qcow2.snapshots import Snapshots
 from qcowkit.errors import RequestError

@@ -159,6 +159,15 @@ def test_a_missing_base_is_not_asked_for_where_it_is_not_needed(tmp_path: Path) 
     assert "gone.raw" in qcow("amend", "-q", "-o", "cluster_size=128k", top, code=1).err
 
 
+def test_a_data_file_that_was_moved_gets_its_name(tmp_path: Path) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.data"
+    qcow("create", "-q", "-f", "qcow2", "-o", "data_file=disk.data", path, "1M")
+    qcow("io", "-c", "write -q -P 5 0 64k", path)
+    data.rename(tmp_path / "moved.data")
+    qcow("amend", "-q", "-o", "data_file=moved.data", path)
+    qcow("io", "-c", "read -q -P 5 0 64k", path)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

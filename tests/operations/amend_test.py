@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qcowkit.budget import TRUSTED
-from qcowkit.engine.qcow2.amend import Amendment
+from qcowkit.engine.qcow2.amend_plan import Amendment
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError, UnsupportedFeature
 from qcowkit.image.lineage import Layer
@@ -208,6 +208,26 @@ def test_a_snapshot_table_of_old_becomes_one_of_version_3() -> None:
     disk.amend(compat="1.1")
     assert [one.name for one in load_qcow2_metadata(storage).snapshots] == ["old"]
     assert disk.check().verdict is Verdict.CLEAN
+
+
+def test_names_come_closer_to_the_header_of_small_clusters() -> None:
+    disk = make_disk(cluster_bits=16, size=MiB, base=100 * KiB)
+    # With the names of features and a name behind them the first cluster uses more than a sector.
+    metadata = load_qcow2_metadata(disk.storage)
+    assert metadata.header.backing_file_offset >= 512
+    before = disk.view()
+    disk.amend(cluster_size=512)
+    assert disk.view() == before
+    assert load_qcow2_metadata(disk.storage).backing_name == "base.raw"
+    assert disk.check().verdict is Verdict.CLEAN
+
+
+def test_names_that_are_too_long_for_small_clusters_are_refused() -> None:
+    built = build_qcow2(cluster_bits=16, backing_name="n" * 600, backing_format="raw")
+    disk = Disk(storage=MemoryStorage(built.to_bytes()), base=bytes(512))
+    with pytest.raises(RequestError, match="has no room in clusters of 512 bytes"):
+        disk.amend(cluster_size=512)
+    assert disk.storage.pread(disk.storage.size(), offset=0) == built.to_bytes()
 
 
 def test_bitmaps_stay_with_the_disk() -> None:

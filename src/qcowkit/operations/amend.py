@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions
-from qcowkit.engine.qcow2.amend import Amender, Amendment, plan_header
+from qcowkit.engine.qcow2.amend import Amender
+from qcowkit.engine.qcow2.amend_plan import Amendment, plan_header
 from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
@@ -46,8 +47,8 @@ class AmendOptions:
     backing_fmt: str | None = None
 
     @property
-    def needs_backing(self) -> bool:
-        """Whether what lies below the image may be looked at."""
+    def needs_content(self) -> bool:
+        """Whether the data file, and what lies below the image, may be looked at."""
         return self.size is not None or self.amendment.changes_geometry
 
 
@@ -71,10 +72,10 @@ def amend_image(
     barriers: Barriers | None = None,
     progress: ProgressReport | None = None,
 ) -> Amended:
-    """Change the options of the top image, which is open for writing with its data file.
+    """Change the options of the top image, which is open for writing.
 
-    layers: with what lies below where `options.needs_backing`. progress: of the bytes of tables, as
-    often as all of them are written anew. Raises RequestError before anything
+    layers: with the data file and what lies below where `options.needs_content`. progress: of the
+    bytes of tables, as often as all of them are written anew. Raises RequestError before anything
     is written, and as `Amender.run`."""
     top = layers[0]
     if not isinstance(top.metadata, Qcow2Metadata):

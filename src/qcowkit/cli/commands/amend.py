@@ -23,7 +23,7 @@ from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines, write_text
 from qcowkit.cli.progress import Progress
 from qcowkit.cli.secrets import find_secret, opening_of
-from qcowkit.engine.qcow2.amend import Amendment
+from qcowkit.engine.qcow2.amend_plan import Amendment
 from qcowkit.errors import RequestError
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.amend import AmendOptions, amend_image
@@ -118,8 +118,8 @@ def run(args: Namespace) -> int:
         gate=make_gate(args),
         budget=TRUSTED,
         writable=True,
-        follow_backing=amending is not None and amending.needs_backing,
-        follow_data=amending is not None,
+        follow_backing=amending is not None and amending.needs_content,
+        follow_data=amending is not None and amending.needs_content,
         locking=opening.locking,
     )
     done = []

@@ -42,11 +42,15 @@ class Cutover:
         # What was written is nobody's; a file that cannot be cut has it behind its end.
         self._storage.truncate(self._size)
 
-    def switch(self, header: Header) -> None:
-        """Make durable what was written, then the header that names it. Both headers have the same
-        length. Raises StorageError."""
-        assert header.header_length == self._header.header_length, "another length moves extensions"
-        raw, old = header.encode()[:_FIELDS], self._header.encode()[:_FIELDS]
+    def switch(self, header: Header, *, sector: bytes | None = None) -> None:
+        """Make durable what was written, then the header that names it. Raises StorageError.
+
+        sector: all of the first sector, which begins with that header; without it the header must
+        be as long as the one in use, since only its fields are written then."""
+        raw = header.encode()[:_FIELDS] if sector is None else sector
+        same = header.header_length == self._header.header_length
+        assert same or sector is not None, "another length moves extensions"
+        old = self._storage.pread(len(raw), offset=0)
         self._barriers.pending = True
         self._barriers.wait("new metadata before their switch")
         self._barriers.pending = True

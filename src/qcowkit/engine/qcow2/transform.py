@@ -21,6 +21,7 @@ from qcowkit.codecs.qcow2.entries import (
     find_fault,
     split_words,
 )
+from qcowkit.codecs.qcow2.extensions import decode_extensions, encode_first_cluster
 from qcowkit.codecs.qcow2.geometry import MAX_L1_BYTES
 from qcowkit.codecs.qcow2.header import Autoclear, Header
 from qcowkit.codecs.qcow2.recoding import RecodeRules, recode
@@ -38,7 +39,7 @@ from qcowkit.engine.qcow2.tables import load_l1
 from qcowkit.errors import CorruptMetadata, RequestError
 from qcowkit.extents.table import Int64Array
 from qcowkit.storage.protocol import Storage
-from qcowkit.units import ceil_div
+from qcowkit.units import SECTOR, ceil_div
 
 # New entries that are made at once, unless a table has more.
 _ENTRIES = 1 << 15
@@ -124,10 +125,24 @@ class Transform:
                 refcount_table_offset=renewed.table_offset,
                 refcount_table_clusters=renewed.table_clusters,
             )
-            cutover.switch(header)
+            cutover.switch(header, sector=self._first_sector(header))
+        self._clear_first_cluster()
         for first, count in renewed.free:
             self._storage.discard(offset=first * size, length=count * size)
         return header
+
+    def _clear_first_cluster(self) -> None:
+        """What lay behind a shorter first cluster, data of the guest perhaps, is nobody's now."""
+        begin, end = self._old.cluster_size, self._new.cluster_size
+        if begin < end:
+            self._storage.zero(offset=begin, length=end - begin, unmap=True)
+
+    def _first_sector(self, header: Header) -> bytes | None:
+        """All of it, where extensions and names have to come closer for a smaller first cluster."""
+        if fits_as_it_is(self._storage, self._metadata, size=header.cluster_size):
+            return None
+        metadata = self._metadata
+        return encode_first_cluster(header, metadata.extensions, metadata.backing_name)[:SECTOR]
 
     def _behind(self) -> Room:
         table = load_refcount_table(self._storage, self._metadata)
@@ -424,3 +439,16 @@ class Transform:
         part = words[first : first + count].copy()
         part[::width] &= ~np.uint64(COPIED)
         return part.tobytes()
+
+
+def fits_as_it_is(storage: Storage, metadata: Qcow2Metadata, *, size: int) -> bool:
+    """Whether the first cluster reads the same when it has `size` bytes. Raises StorageError."""
+    header = metadata.header
+    stop = min(header.backing_file_offset or size, size)
+    if header.backing_file_offset + header.backing_file_size > size:
+        return False
+    raw = storage.pread(size, offset=0)
+    try:
+        return decode_extensions(raw, start=header.header_length, stop=stop) == metadata.extensions
+    except CorruptMetadata:
+        return False
