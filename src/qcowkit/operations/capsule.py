@@ -14,6 +14,7 @@ import numpy as np
 from qcowkit.codecs.qcow2.header import CAPSULE, FIELD_OFFSETS
 from qcowkit.codecs.qcow2.luks_header import LUKS_HEADER_BYTES
 from qcowkit.engine.findings import Effort, FindingLog
+from qcowkit.engine.qcow2.first_cluster import end_of_first_cluster
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.references import Survey, survey
 from qcowkit.errors import RequestError, UnsupportedFeature
@@ -26,6 +27,8 @@ from qcowkit.units import MiB, format_size
 _COPY = 4 * MiB
 # Key slots are not for others.
 _SECRET = "crypto header"
+# Structures that end within a cluster, of which the rest may be what lay there before.
+_EXACT = ("header", "L1 table", "snapshot table", "bitmap directory", "table of bitmap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +65,31 @@ def make_capsule(
     effort = Effort(stored=source.allocated())
     # What is wrong with it is what the capsule is for.
     found = survey(source, metadata, log=FindingLog(limit=0), effort=effort)
-    copied = 0
+    copied, size = 0, source.size()
     with AtomicOutput(path, locking=locking) as output:
-        output.storage.truncate(source.size())
-        for offset, length in iter_pieces(found, metadata, size=source.size()):
+        output.storage.truncate(size)
+        raw = source.pread(metadata.cluster_size, offset=0).ljust(metadata.cluster_size, b"\0")
+        for offset, length in iter_pieces(
+            found, metadata, header=end_of_first_cluster(raw), size=size
+        ):
             copied += _copy(source, output.storage, offset=offset, length=length)
         mark_capsule(output.storage)
         output.commit()
-    return CapsuleResult(filename=os.fsdecode(path), size=source.size(), copied=copied)
+    return CapsuleResult(filename=os.fsdecode(path), size=size, copied=copied)
 
 
-def iter_pieces(found: Survey, metadata: Qcow2Metadata, *, size: int) -> Iterator[tuple[int, int]]:
-    """(host offset, bytes) of metadata, ascending and apart. size: bytes of the file."""
+def iter_pieces(
+    found: Survey, metadata: Qcow2Metadata, *, header: int, size: int
+) -> Iterator[tuple[int, int]]:
+    """(host offset, bytes) of metadata, ascending and apart. header: bytes of the first cluster
+    that mean anything. size: bytes of the file."""
     bits = metadata.geometry.cluster_bits
-    claims = found.claims.without(_SECRET)
+    exact = [one for one in found.claims.names if one.startswith(_EXACT)]
+    claims = found.claims.without(_SECRET, *exact)
     tables = claims.plus("L2 tables", first=found.tables.offset >> bits, count=1)
-    begin, end = tables.first << bits, (tables.first + tables.count) << bits
-    crypto = metadata.extensions.crypto
-    if crypto is not None:
-        begin = np.append(begin, crypto.offset)
-        end = np.append(end, crypto.offset + LUKS_HEADER_BYTES)
+    pieces = np.array([(0, header), *_exact_pieces(metadata)], dtype=np.int64)
+    begin = np.append(tables.first << bits, pieces[:, 0])
+    end = np.append((tables.first + tables.count) << bits, pieces.sum(axis=1))
     order = np.argsort(begin, kind="stable")
     reach = 0
     for index in order.tolist():
@@ -89,6 +97,19 @@ def iter_pieces(found: Survey, metadata: Qcow2Metadata, *, size: int) -> Iterato
         if first < last:
             yield first, last - first
             reach = last
+
+
+def _exact_pieces(metadata: Qcow2Metadata) -> Iterator[tuple[int, int]]:
+    """(host offset, bytes) of structures that are copied to their last byte and no further."""
+    header, extensions = metadata.header, metadata.extensions
+    yield header.l1_table_offset, header.l1_bytes
+    yield header.snapshots_offset, metadata.snapshot_table_bytes
+    yield from ((one.l1_offset, one.l1_bytes) for one in metadata.snapshots)
+    if extensions.crypto is not None:
+        yield extensions.crypto.offset, LUKS_HEADER_BYTES
+    if extensions.bitmaps is not None and metadata.bitmaps:
+        yield extensions.bitmaps.directory_offset, extensions.bitmaps.directory_size
+    yield from ((one.table_offset, one.table_bytes) for one in metadata.bitmaps)
 
 
 def mark_capsule(storage: Storage) -> None:

@@ -171,6 +171,12 @@ def _live_ranges(raw: bytes) -> _Ranges:
     return ranges
 
 
+def end_of_first_cluster(raw: bytes) -> int:
+    """One past the last byte of a sound first cluster that a reader looks at; what follows may be
+    anything that lay there before."""
+    return _end(_live_ranges(raw))
+
+
 def _end(ranges: _Ranges) -> int:
     return max(last for _, last in ranges)
 
