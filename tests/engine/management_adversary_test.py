@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.operations.capsule import make_capsule
+from qcowkit.operations.check import Verdict
+from qcowkit.operations.compact import compact_image
 from qcowkit.storage.memory import MemoryStorage
+from qcowkit.testing.device import MemoryDevice
 from qcowkit.testing.qcow2_builder import BitmapSpec, build_qcow2
-from qcowkit.units import KiB, MiB
-from tests.amending import Disk
+from qcowkit.units import KiB, MiB, align_up
+from tests.amending import Disk, make_disk
 
 pytestmark = pytest.mark.pinned("its kinds of images are its own")
 
 SECRET = b"of the guest, 16"
+
+
+def test_a_first_cluster_that_has_grown_holds_nothing_of_the_guest() -> None:
+    disk = Disk(storage=MemoryStorage(build_qcow2(size=4 * MiB, cluster_bits=12).to_bytes()))
+    chain = disk.open(writable=True)
+    chain.write(SECRET * (64 * KiB), offset=0)
+    chain.images[0].disk.close()  # type: ignore[attr-defined]
+    disk.amend(cluster_size=64 * KiB)
+    assert SECRET not in disk.storage.pread(64 * KiB, offset=0)
+    assert disk.check().verdict is Verdict.CLEAN
 
 
 def test_a_capsule_has_nothing_of_what_lay_where_tables_are_now(tmp_path: Path) -> None:
@@ -32,3 +46,22 @@ def test_a_capsule_has_nothing_of_what_lay_where_tables_are_now(tmp_path: Path) 
         disk.storage.pwrite([SECRET], offset=place + 60 * KiB)
     make_capsule(disk.layers()[0], tmp_path / "disk.capsule")
     assert SECRET not in (tmp_path / "disk.capsule").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [{}, {"packed": True, "snapshots": 1}])
+def test_an_image_on_a_device_is_compacted_once(kind: dict[str, Any]) -> None:
+    disk = make_disk(cluster_bits=12, count=40, **kind)
+    chain = disk.open(writable=True)
+    for offset in range(0, chain.size - 48 * KiB, 96 * KiB):
+        chain.discard(offset=offset, length=48 * KiB)
+    chain.images[0].disk.close()  # type: ignore[attr-defined]
+    size = align_up(disk.storage.size(), 4 * KiB)
+    raw = disk.storage.pread(size, offset=0).ljust(size, b"\0")
+    device = Disk(storage=MemoryDevice(raw, size=4 * MiB))
+    before = device.view()
+    done = compact_image(device.layers()[0]).done
+    assert device.view() == before
+    assert device.check().verdict is Verdict.CLEAN
+    assert 0 < done.rounds < 5
+    assert done.after < done.before <= len(raw)
+    assert compact_image(device.layers()[0]).done.rounds == 0

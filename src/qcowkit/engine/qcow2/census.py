@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Census:
     def tables(self) -> int:
         """Clusters of tables, without refcounts."""
         return int(np.count_nonzero(self.used & ~self.data & ~self.fixed)) - self.counts
+
+    def up_to(self, end: int) -> Census:
+        """The same where nothing from host cluster `end` on is used."""
+        return replace(self, used=self.used[:end], data=self.data[:end], fixed=self.fixed[:end])
 
 
 def take_census(storage: Storage, metadata: Qcow2Metadata, *, effort: Effort) -> Census:

@@ -45,7 +45,8 @@ _ROUND_BYTES = 4096 * MiB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compacted:
-    """Sizes of the file in bytes, and what was done. moved: bytes of guest data."""
+    """Sizes of the file in bytes, on a device those of the image, and what was done. moved: bytes
+    of guest data."""
 
     before: int
     after: int
@@ -66,14 +67,23 @@ def compact(
     cipher: of an image whose data are encrypted for their place. Raises RequestError for an image
     that has to be repaired first, CorruptMetadata, OperationError and StorageError; the image is
     sound at any moment."""
-    before, moved, rounds = storage.size(), 0, 0
+    before, moved, rounds = 0, 0, 0
     while True:
         metadata = load_qcow2_metadata(storage)
         census = take_census(storage, metadata, effort=make_effort())
+        end = _end(storage, census, metadata.cluster_size)
+        before = before or end
         done = _run_round(storage, metadata, census, barriers, make_effort, cipher)
         if done is None:
-            return Compacted(before=before, after=storage.size(), moved=moved, rounds=rounds)
+            return Compacted(before=before, after=end, moved=moved, rounds=rounds)
         moved, rounds = moved + done, rounds + 1
+
+
+def _end(storage: Storage, census: Census, cluster_size: int) -> int:
+    """Where the file ends, in bytes. A device is never cut: of that it is where the image ends."""
+    if not storage.caps.block_device:
+        return storage.size()
+    return (int(np.flatnonzero(census.used)[-1]) + 1) * cluster_size
 
 
 def _run_round(
@@ -86,7 +96,8 @@ def _run_round(
 ) -> int | None:
     """Bytes that were moved; None where a shorter file is not to be had."""
     size, slack = metadata.cluster_size, census.packed // 64
-    end = ceil_div(storage.size(), size)
+    end = ceil_div(_end(storage, census, size), size)
+    census = census.up_to(end)
     for _ in range(_TRIES):
         limit = plan_limit(census, metadata.geometry, slack=slack, most=_ROUND_BYTES // size)
         # Tables are written for it: it has to be worth that.
@@ -98,6 +109,7 @@ def _run_round(
             metadata,
             room=room,
             limit=limit,
+            end=end,
             barriers=barriers,
             effort=make_effort(),
             cipher=cipher,
@@ -153,12 +165,13 @@ class Compaction(Transform):
         *,
         room: Holes,
         limit: int,
+        end: int,
         barriers: Barriers,
         effort: Effort,
         cipher: DataCipher | None = None,
     ) -> None:
-        """limit: host cluster; data from there on move into `room`. cipher: for data that are
-        encrypted for their place."""
+        """limit: host cluster; data from there on move into `room`. end: one past the last that is
+        used. cipher: for data that are encrypted for their place."""
         super().__init__(
             storage,
             metadata,
@@ -173,7 +186,6 @@ class Compaction(Transform):
         self._cipher = cipher
         self._bits = metadata.geometry.cluster_bits
         self.moved = 0
-        end = ceil_div(storage.size(), metadata.cluster_size)
         # Where clusters from the limit on have gone, -1 for nowhere yet.
         self._gone = np.full(max(0, end - limit), -1, dtype=np.int64)
         self._packed: dict[int, int] = {}
