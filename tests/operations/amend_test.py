@@ -10,12 +10,19 @@ import pytest
 from qcowkit.budget import TRUSTED
 from qcowkit.engine.qcow2.amend_plan import Amendment
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
-from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError, UnsupportedFeature
+from qcowkit.errors import (
+    CorruptMetadata,
+    QcowkitError,
+    RequestError,
+    StorageError,
+    UnsupportedFeature,
+)
 from qcowkit.image.lineage import Layer
 from qcowkit.image.metadata import RawMetadata
 from qcowkit.operations.amend import AmendOptions, amend_image
 from qcowkit.operations.check import Verdict
 from qcowkit.storage.memory import MemoryStorage
+from qcowkit.testing.device import MemoryDevice
 from qcowkit.testing.qcow2_builder import BitmapSpec, SnapshotSpec, Zero, build_qcow2
 from qcowkit.units import KiB, MiB
 from tests.amending import Disk, make_disk
@@ -143,6 +150,30 @@ def test_subclusters_move_no_data_when_they_are_switched_on() -> None:
     assert disk.open().extents().host.tolist() == before
 
 
+@pytest.mark.parametrize(
+    "options", [{"refcount_bits": 64}, {"cluster_size": 4 * KiB}, {"extended_l2": True}], ids=str
+)
+def test_an_image_on_a_device_is_amended_behind_what_is_used(options: dict[str, Any]) -> None:
+    made = make_disk(cluster_bits=14)
+    raw = made.storage.pread(made.storage.size(), offset=0)
+    disk = Disk(storage=MemoryDevice(raw, size=4 * MiB))
+    before = disk.view()
+    disk.amend(**options)
+    assert disk.view() == before
+    assert disk.check().verdict is Verdict.CLEAN
+
+
+def test_a_full_device_has_no_room_for_new_tables() -> None:
+    made = make_disk(cluster_bits=14)
+    raw = made.storage.pread(made.storage.size(), offset=0)
+    disk = Disk(storage=MemoryDevice(raw, size=len(raw)))
+    before = disk.view()
+    with pytest.raises(StorageError, match="No space left on device"):
+        disk.amend(cluster_size=4 * KiB)
+    assert disk.view() == before
+    assert disk.check().verdict is Verdict.CLEAN
+
+
 def test_zero_clusters_become_nothing_in_version_2_without_a_base() -> None:
     spec = build_qcow2(clusters={0: Zero(), 1: Zero(payload=b"x"), 2: b"data"})
     disk = Disk(storage=MemoryStorage(spec.to_bytes()))
@@ -180,6 +211,15 @@ def test_the_steps_are_told_in_their_order() -> None:
         "lazy_refcounts=on",
         f"size={MiB}",
     )
+
+
+def test_lazy_refcounts_bring_the_record_that_new_images_have() -> None:
+    disk = make_disk(cluster_bits=16)
+    disk.amend(lazy_refcounts=True)
+    assert load_qcow2_metadata(disk.storage).extensions.dirty_tables is not None
+    assert disk.check().verdict is Verdict.CLEAN
+    disk.scribble(3)
+    assert disk.check().verdict is Verdict.CLEAN
 
 
 def test_a_data_file_gets_another_name() -> None:

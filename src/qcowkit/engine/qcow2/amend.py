@@ -6,11 +6,13 @@ and before the downgrade. Source: qemu's amend, which cannot change the geometry
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qcowkit.codecs.qcow2.dirty_tables import plan_dirty_tables
 from qcowkit.codecs.qcow2.extensions import encode_first_cluster
 from qcowkit.codecs.qcow2.header import (
     V2_HEADER_LENGTH,
@@ -93,6 +95,8 @@ class Amender:
         metadata = self._change_tables(metadata, target, amendment, downgrades=downgrades)
         if metadata.header != with_places(target, metadata.header):
             self._switch(metadata, with_places(target, metadata.header))
+        if "lazy_refcounts=on" in done:
+            self._add_record()
         if amendment.data_file not in (None, metadata.extensions.data_file):
             metadata = load_qcow2_metadata(self.storage)
             extensions = replace(metadata.extensions, data_file=amendment.data_file)
@@ -106,6 +110,24 @@ class Amender:
         """Feature bits alone."""
         with Cutover(self.storage, metadata.header, barriers=self.barriers) as cutover:
             cutover.switch(header)
+
+    def _add_record(self) -> None:
+        """A record of dirty tables, as new images have it, where there is room for one."""
+        metadata = load_qcow2_metadata(self.storage)
+        header, extensions = metadata.header, metadata.extensions
+        record = plan_dirty_tables(
+            cluster_size=header.cluster_size, l1_entries=max(1, header.l1_size)
+        )
+        if record is None or extensions.dirty_tables is not None:
+            return
+        with contextlib.suppress(RequestError):
+            # Without room for it the image does without, as a new one would.
+            rewrite_first_cluster(
+                self.storage,
+                metadata,
+                barriers=self.barriers,
+                extensions=replace(extensions, dirty_tables=record),
+            )
 
     def _effort(self) -> Effort:
         return Effort(stored=self.storage.allocated(), factor=_FACTOR, progress=self.progress)
