@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qcowkit.budget import TRUSTED
+from qcowkit.codecs.qcow2.entries import OFFSET_MASK
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.options import DEFAULT_OPTIONS
@@ -17,9 +18,10 @@ from qcowkit.errors import RequestError, StorageError, UnsupportedFeature
 from qcowkit.image.lineage import Layer
 from qcowkit.image.registry import build_chain
 from qcowkit.operations.check import Verdict, check_image
+from qcowkit.operations.snapshot import list_snapshots
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.testing.faulty import Fault, FaultyStorage
-from qcowkit.testing.qcow2_builder import build_qcow2
+from qcowkit.testing.qcow2_builder import SnapshotSpec, build_qcow2
 from qcowkit.units import KiB, MiB
 
 pytestmark = pytest.mark.pinned("snapshots", "refcount_bits=1", "data_file")
@@ -229,3 +231,41 @@ def test_a_snapshot_counted_in_pieces_is_the_same(
     monkeypatch.setattr("qcowkit.engine.qcow2.reform._COUNTED_TOGETHER", 16)
     snapshots_of(pieces).create("s", date_ns=0)
     assert pieces.to_bytes() == whole.to_bytes()
+
+
+@pytest.mark.pinned("clusters of 512 bytes, and a state behind the disk")
+def test_the_state_of_a_machine_above_4_gib_is_kept_through_everything() -> None:
+    """S002-07: its size, and the clusters behind the disk that hold it."""
+    coverage, size = 64 * 512, 5 << 30
+    state = {index: bytes([index]) * 512 for index in range(128, 140)}
+    disk = dict.fromkeys(range(8), b"d" * 512)
+    built = build_qcow2(
+        cluster_bits=9,
+        size=2 * coverage,
+        l1_size=4,
+        clusters=disk | state,
+        snapshots=[SnapshotSpec(id="1", name="running", vm_state_size=size)],
+    )
+    storage = MemoryStorage(built.to_bytes())
+
+    def state_of() -> bytes:
+        """The first bytes of the state, through the snapshot's own tables."""
+        entry = load_qcow2_metadata(storage).snapshots[0]
+        assert entry.vm_state_size == size
+        word = int.from_bytes(storage.pread(8, offset=entry.l1_offset + 16), "big")
+        entry_word = int.from_bytes(storage.pread(8, offset=word & OFFSET_MASK), "big")
+        return storage.pread(512, offset=entry_word & OFFSET_MASK)
+
+    model = bytearray(b"d" * 4096 + bytes(2 * coverage - 4096))
+    scribble(storage, model, 3)
+    snapshots_of(storage).create("later")
+    changes = snapshots_of(storage)
+    changes.apply(changes.metadata.find_snapshot("running"))
+    scribble(storage, bytearray(2 * coverage), 4)
+    changes = snapshots_of(storage)
+    changes.delete(changes.metadata.find_snapshot("later"))
+    assert state_of() == bytes([128]) * 512
+    assert content(storage, "running")[:4096] == b"d" * 4096
+    assert verdict(storage) is Verdict.CLEAN
+    listed = list_snapshots(Layer(storage=storage, metadata=load_qcow2_metadata(storage)))
+    assert [one["vm-state-size"] for one in listed.as_json()] == [size]
