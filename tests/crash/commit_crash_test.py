@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from qcowkit.errors import QcowkitError, StorageError
+from qcowkit.errors import OperationError, QcowkitError, StorageError
 from qcowkit.operations.commit import CommitOptions, commit_layers
 from qcowkit.testing.crash_states import iter_crash_states
 from qcowkit.testing.crash_storage import CrashFiles
@@ -108,7 +108,7 @@ def test_whatever_call_fails_the_top_shows_the_same(name: str) -> None:
     def operation(files: FaultyFiles) -> str | None:
         try:
             commit(files, kinds)
-        except StorageError as error:
+        except (StorageError, OperationError) as error:
             return str(error)
         return None
 

@@ -26,7 +26,7 @@ from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.identity import set_identity
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.engine.qcow2.recovery import recover_for_writing
-from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
+from qcowkit.errors import CorruptMetadata, OperationError, RequestError, UnsupportedFeature
 from qcowkit.image.chain import Chain
 from qcowkit.image.gate import ReferenceGate
 from qcowkit.image.lineage import Layer, close_layers, open_layers
@@ -262,16 +262,16 @@ def _empty(layer: Layer) -> None:
         effort=Effort(stored=storage.allocated()),
         data=layer.data_storage,
     ).run()
-    if metadata.encrypted == "luks":
-        # Its data would be bound to their place, so nothing is moved there.
-        return
-    # The new tables lie behind what was given up.
-    compact(
-        storage,
-        load_qcow2_metadata(storage),
-        barriers=barriers,
-        make_effort=lambda: Effort(stored=storage.allocated(), factor=_COMPACTING),
-    )
+    # The new tables lie behind what was given up. There are no data, so no key is needed.
+    try:
+        compact(
+            storage,
+            load_qcow2_metadata(storage),
+            barriers=barriers,
+            make_effort=lambda: Effort(stored=storage.allocated(), factor=_COMPACTING),
+        )
+    except RequestError as error:
+        raise OperationError(f"the overlay is empty, but its file is as long: {error}") from error
 
 
 def _note_length(layer: Layer, size: int) -> None:
