@@ -258,3 +258,17 @@ def test_writes_that_follow_show_nothing_of_the_new_base() -> None:
     assert content(moved, kinds) == after
     scribble(moved, kinds, random.Random(3))
     assert faults_of(moved, kinds) == []
+
+
+def test_a_name_without_room_is_refused_before_anything_is_copied() -> None:
+    old, new = (Kind(options=TINY), RAW), (RAW,)
+    files = make(old, new)
+    kinds = [*old, *new]
+    with pytest.raises(RequestError, match="but a cluster has 512"):
+        rebase_layers(
+            tuple(layers_of(files, kinds, writable=(0,), depths=range(2))),
+            tuple(layers_of(files, kinds, depths=[2])),
+            NewBase(name="n" * 500, format="raw"),
+            opening=OPENING,
+        )
+    assert files.effects == []

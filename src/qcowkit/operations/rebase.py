@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcowkit.budget import TRUSTED, Budget
-from qcowkit.codecs.qcow2.extensions import KNOWN_FORMATS, encode_name
+from qcowkit.codecs.qcow2.extensions import KNOWN_FORMATS, Extensions, encode_name
 from qcowkit.codecs.qcow2.header import MAX_BACKING_NAME, Autoclear
 from qcowkit.codecs.qcow2.identity import BackingIdentity, Identity
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.executor import ProgressReport, ignore_progress
 from qcowkit.engine.options import DEFAULT_OPTIONS, OpenOptions, Secrets
-from qcowkit.engine.qcow2.first_cluster import rewrite_first_cluster
+from qcowkit.engine.qcow2.first_cluster import check_room, rewrite_first_cluster
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
 from qcowkit.errors import CorruptMetadata, RequestError, UnsupportedFeature
 from qcowkit.image.chain import Chain
@@ -163,9 +163,7 @@ def write_base(storage: Storage, base: NewBase, below: Metadata | None = None) -
     below: what the new base is, None where nobody has looked. A crash leaves the old name or the
     new one. Raises as `rewrite_first_cluster`."""
     metadata = load_qcow2_metadata(storage)
-    name = None
-    if base.name is not None:
-        name = encode_name(base.name, what="backing file name", limit=MAX_BACKING_NAME)
+    extensions, name = _naming(metadata, base, below)
     # Whatever others promised about the disk, they did not expect another base under it.
     autoclear = metadata.header.autoclear_features & sum(Autoclear)
     return rewrite_first_cluster(
@@ -173,13 +171,20 @@ def write_base(storage: Storage, base: NewBase, below: Metadata | None = None) -
         metadata,
         barriers=Barriers(storage),
         header=replace(metadata.header, autoclear_features=autoclear),
-        extensions=replace(
-            metadata.extensions,
-            backing_format=base.format,
-            identity=_identity_above(metadata, base, below),
-        ),
+        extensions=extensions,
         backing_name=name,
     )
+
+
+def _naming(
+    metadata: Qcow2Metadata, base: NewBase, below: Metadata | None
+) -> tuple[Extensions, bytes | None]:
+    """Extensions and backing name of an image over its new base."""
+    identity = _identity_above(metadata, base, below)
+    extensions = replace(metadata.extensions, backing_format=base.format, identity=identity)
+    if base.name is None:
+        return extensions, None
+    return extensions, encode_name(base.name, what="backing file name", limit=MAX_BACKING_NAME)
 
 
 def _identity_above(
@@ -220,6 +225,8 @@ def rebase_layers(
         _check_safe(old)
         if options.compress:
             _check_compression(old[0])
+        below_top = new[0].metadata if new else None
+        _check_room(old[0], base, below_top)
         image = build_writable(old[0], budget=budget, options=opening)
         assert isinstance(image, WritableQcow2Image), "checked before"
         stack.callback(image.close)
@@ -239,7 +246,7 @@ def rebase_layers(
         finally:
             # Its refcounts are right then, whatever comes; the file stays open, and held.
             image.disk.close()
-        write_base(old[0].storage, base, new[0].metadata if new else None)
+        write_base(old[0].storage, base, below_top)
     return Rebased(base=base.name, copied=work.copied, zeroed=work.zeroed, compared=work.compared)
 
 
@@ -315,6 +322,14 @@ def _check_safe(old: tuple[Layer, ...]) -> None:
                 f"{_name(layer)}: a backing file without a declared format is not copied from: "
                 "declare it first (rebase -u -b with the same name and -F)"
             )
+
+
+def _check_room(layer: Layer, base: NewBase, below: Metadata | None) -> None:
+    """Whether the name will fit, before anything is copied."""
+    metadata = layer.metadata
+    assert isinstance(metadata, Qcow2Metadata), "checked before"
+    extensions, name = _naming(metadata, base, below)
+    check_room(layer.storage, metadata, extensions=extensions, backing_name=name)
 
 
 def _check_compression(layer: Layer) -> None:

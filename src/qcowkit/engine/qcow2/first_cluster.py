@@ -88,6 +88,16 @@ def rewrite_first_cluster(
     return load_qcow2_metadata(storage) if steps else metadata
 
 
+def check_room(
+    storage: Storage, metadata: Qcow2Metadata, *, extensions: Extensions, backing_name: bytes | None
+) -> None:
+    """Raise RequestError where there is no room for the change that `rewrite_first_cluster` makes
+    of the same: long work that ends with it should not begin."""
+    size = metadata.cluster_size
+    old = storage.pread(size, offset=0).ljust(size, b"\0")
+    plan_first_cluster(old, _encode(old, None, extensions, backing_name))
+
+
 def plan_first_cluster(old: bytes, new: bytes) -> tuple[Step, ...]:
     """The writes that lead from one content of the first cluster to another, in order.
 
