@@ -303,15 +303,26 @@ def with_machine_state() -> Disk:
 
 def machine_state(disk: Disk) -> bytes:
     """The first bytes of it, by way of the tables."""
-    (entry,) = load_qcow2_metadata(disk.storage).snapshots
+    metadata = load_qcow2_metadata(disk.storage)
+    (entry,) = metadata.snapshots
     mask = 0x00FF_FFFF_FFFF_FE00
-    place = entry.l1_offset + 8
+    place = entry.l1_offset + 8 * metadata.geometry.l1_entries(entry.disk_size)
     for _ in range(2):
         place = int.from_bytes(disk.storage.pread(8, offset=place), "big") & mask
     return disk.storage.pread(5, offset=place)
 
 
-@pytest.mark.parametrize("options", [{"compat": "0.10"}, {"refcount_bits": 64}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compat": "0.10"},
+        {"refcount_bits": 64},
+        {"extended_l2": True},
+        {"cluster_size": 4 * KiB},
+        {"cluster_size": 512},
+    ],
+    ids=str,
+)
 def test_a_machine_state_stays_behind_its_snapshot(options: dict[str, Any]) -> None:
     disk = with_machine_state()
     before = disk.view()
@@ -323,8 +334,10 @@ def test_a_machine_state_stays_behind_its_snapshot(options: dict[str, Any]) -> N
 
 def test_a_machine_state_does_not_move() -> None:
     disk = with_machine_state()
-    with pytest.raises(RequestError, match="holds the state of a machine, whose place depends"):
-        disk.amend(cluster_size=4 * KiB)
+    raw = disk.storage.pread(disk.storage.size(), offset=0)
+    with pytest.raises(RequestError, match="holds the state of a machine, which would have to"):
+        disk.amend(cluster_size=64 * KiB)
+    assert disk.storage.pread(disk.storage.size(), offset=0) == raw
 
 
 # What is refused

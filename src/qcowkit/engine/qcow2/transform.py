@@ -48,8 +48,11 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """One disk. tables: int64 host offsets of its L2 tables, 0 for none. size: guest bytes whose
-    entries count; None where a machine state follows the disk. entries: of the new L1 table."""
+    """One disk, or the machine state behind it, which begins where its tables do.
+
+    tables: int64 host offsets of its L2 tables, 0 for none. disk_size: bytes that can be read as
+    the guest's, 0 for a state. size: guest bytes whose entries count, None for a state, of which
+    all do. entries: of the new L1 table."""
 
     snapshot: SnapshotEntry | None
     tables: Int64Array
@@ -177,12 +180,15 @@ class Transform:
 
     def _trees(self) -> Iterator[Tree]:
         yield self._active_tree()
-        yield from map(self._snapshot_tree, self._metadata.snapshots)
+        for entry in self._metadata.snapshots:
+            yield from self._snapshot_trees(entry)
 
     def _write_trees(self) -> tuple[Qcow2Metadata, Uint64Array]:
         """The metadata as they will be, but for refcounts, and the active L1 table's words."""
         # All of them are looked at before anything is written.
-        active, *tables = [self._write_tree(tree) for tree in tuple(self._trees())]
+        trees = [self._snapshot_trees(one) for one in self._metadata.snapshots]
+        active = self._write_tree(self._active_tree())
+        tables = [np.concatenate([self._write_tree(tree) for tree in parts]) for parts in trees]
         place = self._write_words(active, at_least=1)
         snapshots = tuple(
             replace(
@@ -231,23 +237,25 @@ class Transform:
             entries=self._l1_entries(header.size),
         )
 
-    def _snapshot_tree(self, entry: SnapshotEntry) -> Tree:
+    def _snapshot_trees(self, entry: SnapshotEntry) -> list[Tree]:
+        """The disk, and behind its tables those of a machine state."""
         tables = hosts_of(self._load_l1(entry.l1_offset, entry.l1_entries))
-        disk = self._old.l1_entries(entry.disk_size)
-        keeps = bool(entry.vm_state_size) and len(tables) > disk
-        if keeps and self._old.l2_coverage != self._new.l2_coverage:
-            raise RequestError(
-                f"snapshot {entry.id} ({entry.name!r}) holds the state of a machine, whose place "
-                "depends on the size of the tables: delete it first"
-            )
-        needed = self._l1_entries(entry.disk_size)
-        return Tree(
+        needed = self._old.l1_entries(entry.disk_size)
+        disk = Tree(
             snapshot=entry,
-            tables=tables if keeps else tables[:disk],
+            tables=tables[:needed],
             disk_size=entry.disk_size,
-            size=None if keeps else entry.disk_size,
-            entries=max(needed, len(tables)) if keeps else needed,
+            size=entry.disk_size,
+            entries=self._l1_entries(entry.disk_size),
         )
+        state = tables[needed:]
+        if not entry.vm_state_size or not len(state):
+            return [disk]
+        entries = self._l1_entries(len(state) * self._old.l2_coverage)
+        return [
+            disk,
+            Tree(snapshot=entry, tables=state, disk_size=0, size=None, entries=entries),
+        ]
 
     def _l1_entries(self, size: int) -> int:
         entries = self._new.l1_entries(size)
@@ -340,7 +348,11 @@ class Transform:
         """New entries, each a row with its bitmap, of the old words from guest offset `start`."""
         entries, bitmaps = split_words(words, geometry=self._old)
         self.judge(entries, bitmaps, tree, start)
-        found = recode(entries, bitmaps, rules=self._rules)
+        rules = self._rules
+        if tree.size is None:
+            # Nothing lies below a machine state.
+            rules = replace(rules, has_base=False)
+        found = recode(entries, bitmaps, rules=rules)
         if len(found.rewrite):
             places = found.rewrite * self._new.cluster_size + start
             fresh = self._rewrite(tree, words, start, places, found.packed)
