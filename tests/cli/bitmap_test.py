@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qcowkit
+from qcowkit.testing.qcow2_builder import BitmapSpec, build_qcow2
 from tests.command import qcow
 
 pytestmark = pytest.mark.pinned("bitmaps", "compat=0.10")
@@ -152,6 +153,23 @@ def test_other_formats_have_none(tmp_path: Path) -> None:
     path.write_bytes(bytes(4096))
     failed = qcow("bitmap", "--add", "-f", "raw", path, "b", code=1)
     assert "persistent bitmaps: raw images have none" in failed.err
+
+
+def test_the_bitmaps_of_a_capsule_are_listed_and_not_changed(tmp_path: Path) -> None:
+    path, capsule = make(tmp_path), tmp_path / "disk.capsule"
+    qcow("bitmap", "--add", "-g", "64k", path, "b")
+    write(path, "0 1")
+    qcow("capsule", path, capsule)
+    assert listed(capsule) == {"b": (65536, 65536, ["auto"])}
+    failed = qcow("bitmap", "--clear", capsule, "b", code=1)
+    assert "a change of bitmaps: this is a capsule" in failed.err
+
+
+def test_an_image_that_has_to_be_repaired_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    built = build_qcow2(version=3, bitmaps=(BitmapSpec(name="b"),))
+    path.write_bytes(built.set_field("incompatible_features", 2).to_bytes())
+    assert "the corrupt bit is set" in qcow("bitmap", "--clear", path, "b", code=1).err
 
 
 def test_version_2_images_hold_none(tmp_path: Path) -> None:

@@ -155,8 +155,14 @@ def open_editor(
     layer: Layer, *, budget: Budget = TRUSTED, observe: Observer = ignore_event
 ) -> BitmapEditor:
     """The bitmaps of an image that is open for writing, which is made sound first. Raises
-    CorruptMetadata where it has to be repaired, UnsupportedFeature for other formats."""
+    CorruptMetadata where it has to be repaired, UnsupportedFeature for capsules and other
+    formats."""
     metadata = _metadata(layer)
+    if metadata.header.capsule:
+        raise UnsupportedFeature(
+            "a change of bitmaps",
+            reason="this is a capsule, a copy of an image without its guest data",
+        )
     if metadata.corrupt:
         raise CorruptMetadata(
             "header field incompatible_features",
