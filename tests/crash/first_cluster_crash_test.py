@@ -14,10 +14,11 @@ from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.events import QCOW2_FIRST_CLUSTER_BARRIERS
 from qcowkit.engine.qcow2.first_cluster import SKIP_TYPE, rewrite_first_cluster
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
-from qcowkit.errors import QcowkitError
+from qcowkit.errors import QcowkitError, StorageError
 from qcowkit.storage.memory import MemoryStorage
 from qcowkit.testing.crash_states import iter_crash_states, split_epochs
 from qcowkit.testing.crash_storage import Content, CrashFiles
+from qcowkit.testing.fault_loop import FaultyFiles, run_with_every_fault
 from qcowkit.testing.mutation import without_barrier
 from qcowkit.testing.qcow2_builder import build_qcow2
 
@@ -130,3 +131,33 @@ def test_what_is_said_to_be_done_is_durable() -> None:
     change(files.open(), b"new.qcow2")
     durable = split_epochs(files)[-1].bases[0].to_bytes()
     assert load_qcow2_metadata(MemoryStorage(durable)).backing_name == "new.qcow2"
+
+
+@pytest.mark.pinned("its kinds of images are its own")
+@pytest.mark.parametrize(("kind", "name"), cases())
+def test_whatever_call_fails_the_old_or_the_new_is_read(kind: str, name: str) -> None:
+    made = CrashFiles([Content.of(build_qcow2(**KINDS[kind]).to_bytes())])
+    before = reading(load_qcow2_metadata(made.open()))
+    done = FaultyFiles.of(made)
+    after = reading(change(done.open(), NAMES[name]))
+
+    def operation(files: FaultyFiles) -> bool:
+        try:
+            change(files.open(), NAMES[name])
+        except StorageError:
+            return False
+        return True
+
+    def judge(files: FaultyFiles, succeeded: bool) -> list[str]:
+        found = ["a failure was not reported"] if succeeded and before != after else []
+        for keep in (True, False):
+            left = files.crash(keep=keep)
+            if reading(load_qcow2_metadata(left.open())) not in (before, after):
+                found.append("neither old nor new")
+            if reading(change(left.open(), NAMES[name])) != after:
+                found.append("not to be changed again")
+        return found
+
+    report = run_with_every_fault(operation, lambda: made, judge)
+    assert report.faults == (), str(report)
+    assert report.cases > 4
