@@ -242,13 +242,18 @@ class Compaction(Transform):
         host, length = compressed_extent(entry, geometry=self._old)
         if host + length <= self._limit << self._bits:
             return entry
-        if entry not in self._packed:
-            raw = self._storage.pread(length, offset=host).ljust(length, b"\0")
-            place = self._place_packed(length, inside=host % SECTOR)
-            self._storage.pwrite([raw], offset=place)
-            self.moved += length
-            self._packed[entry] = encode_compressed(place, length, geometry=self._old)
-        return self._packed[entry]
+        known = self._packed.get(entry)
+        if known is not None:
+            return known
+        raw = self._storage.pread(length, offset=host).ljust(length, b"\0")
+        place = self._place_packed(length, inside=host % SECTOR)
+        self._storage.pwrite([raw], offset=place)
+        self.moved += length
+        moved = encode_compressed(place, length, geometry=self._old)
+        if self._metadata.snapshots:
+            # They may have it too.
+            self._packed[entry] = moved
+        return moved
 
     def _place_packed(self, length: int, *, inside: int) -> int:
         """A place for compressed data that begins as many bytes behind a sector as before: their

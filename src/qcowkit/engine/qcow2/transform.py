@@ -43,6 +43,8 @@ from qcowkit.units import SECTOR, ceil_div
 
 # New entries that are made at once, unless a table has more.
 _ENTRIES = 1 << 15
+# Clusters that were written anew and may be shared by snapshots: they are remembered.
+_MOST_SHARED = 1 << 21
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -430,18 +432,18 @@ class Transform:
             (place, min(place + size, end), self._old_words(words, place - start))
             for place in places.tolist()
         ]
+        entries, bitmaps = np.zeros((2, len(keys)), dtype=np.uint64)
         missing = np.array([key not in self._moved for key in keys], dtype=np.bool_)
-        fresh = self._renewal.rewrite(
+        entries[missing], bitmaps[missing] = self._renewal.rewrite(
             tree.snapshot, places[missing], packed[missing], disk_size=tree.disk_size
         )
-        made = zip(np.flatnonzero(missing).tolist(), *map(np.ndarray.tolist, fresh), strict=True)
-        for index, entry, bitmap in made:
-            self._moved[keys[index]] = entry, bitmap
-        found = [self._moved[key] for key in keys]
-        return (
-            np.array([entry for entry, _ in found], dtype=np.uint64),
-            np.array([bitmap for _, bitmap in found], dtype=np.uint64),
-        )
+        for index in np.flatnonzero(~missing).tolist():
+            entries[index], bitmaps[index] = self._moved[keys[index]]
+        for index in np.flatnonzero(missing).tolist():
+            # Beyond that many, snapshots get copies of their own.
+            if len(self._moved) < _MOST_SHARED:
+                self._moved[keys[index]] = int(entries[index]), int(bitmaps[index])
+        return entries, bitmaps
 
     def _old_words(self, words: Uint64Array, inside: int) -> bytes:
         """The old words of a new cluster, COPIED left out: it differs between trees."""
