@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def test_json_has_sizes_in_bytes(holey: Path) -> None:
     assert found["size-before"] == before
     assert found["size"] == holey.stat().st_size
     assert found["moved"] > 0
+
+
+def test_progress_counts_what_moves(holey: Path) -> None:
+    lines = qcow("compact", "--progress=json", holey).err.splitlines()
+    last = json.loads(lines[-1])
+    assert last["done"] == last["total"] > 0
 
 
 def test_quiet_says_nothing(holey: Path) -> None:

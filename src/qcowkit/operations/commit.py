@@ -266,7 +266,6 @@ def _empty(layer: Layer) -> None:
     try:
         compact(
             storage,
-            load_qcow2_metadata(storage),
             barriers=barriers,
             make_effort=lambda: Effort(stored=storage.allocated(), factor=_COMPACTING),
         )

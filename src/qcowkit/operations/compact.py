@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from qcowkit.budget import TRUSTED, Budget
 from qcowkit.engine.barriers import Barriers
+from qcowkit.engine.executor import ProgressReport
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.compaction import Compacted, compact
 from qcowkit.engine.qcow2.crypt import open_cipher
-from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.errors import UnsupportedFeature
 from qcowkit.image.lineage import Layer
 from qcowkit.operations.amend import prepare_for_change
@@ -50,12 +51,13 @@ def compact_image(
     barriers: Barriers | None = None,
     secret: bytes | None = None,
     budget: Budget = TRUSTED,
+    progress: ProgressReport | None = None,
 ) -> CompactResult:
     """Move what lies at the end of the file into its holes, and cut it.
 
     layer: open for writing; nothing but its file is looked at. secret: the passphrase of an image
-    that is encrypted with LUKS. Raises UnsupportedFeature for other formats, RequestError without
-    the passphrase, and as `engine.qcow2.compaction.compact`."""
+    that is encrypted with LUKS. progress: of bytes that move. Raises UnsupportedFeature for other
+    formats, RequestError without the passphrase, and as `engine.qcow2.compaction.compact`."""
     if not isinstance(layer.metadata, Qcow2Metadata):
         name = layer.metadata.format
         raise UnsupportedFeature("compact", reason=f"{name} images cannot be, qcow2 images can")
@@ -68,10 +70,10 @@ def compact_image(
     prepare_for_change(layer, barriers)
     done = compact(
         storage,
-        load_qcow2_metadata(storage),
         barriers=barriers,
         make_effort=lambda: Effort(stored=storage.allocated(), factor=_FACTOR),
         cipher=cipher,
+        progress=progress,
     )
     filename = storage.name if layer.path is None else str(layer.path)
     return CompactResult(filename=filename, done=done)

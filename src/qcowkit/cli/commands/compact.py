@@ -12,6 +12,7 @@ from qcowkit.cli.common import (
     add_image_opts,
     add_objects,
     add_output,
+    add_progress,
     add_quiet,
     image_specs,
     make_gate,
@@ -20,6 +21,7 @@ from qcowkit.cli.common import (
 )
 from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines
+from qcowkit.cli.progress import Progress
 from qcowkit.cli.secrets import opening_of
 from qcowkit.image.lineage import close_layers, open_layers
 from qcowkit.operations.compact import compact_image
@@ -33,6 +35,7 @@ def configure(parser: Parser) -> None:
         "-U", "--force-share", reason="an image that another process uses must not be compacted"
     )
     add_quiet(parser)
+    add_progress(parser)
     add_output(parser)
     add_objects(parser)
     add_image_opts(parser)
@@ -56,7 +59,9 @@ def run(args: Namespace) -> int:
     )
     try:
         warn(args, layers[0].warnings)
-        result = compact_image(layers[0], secret=opening.secrets.at(0))
+        with Progress.of(args, "compact") as progress:
+            secret = opening.secrets.at(0)
+            result = compact_image(layers[0], secret=secret, progress=progress)
     finally:
         close_layers(layers)
     if args.output == "json":

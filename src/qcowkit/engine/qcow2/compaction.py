@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
 from qcowkit.codecs.qcow2.transitions import compressed, hosts_of
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.crypt import DataCipher
+from qcowkit.engine.executor import ProgressReport
 from qcowkit.engine.findings import Effort
 from qcowkit.engine.qcow2.census import Census, take_census
 from qcowkit.engine.qcow2.layout import refcount_clusters
@@ -54,75 +56,95 @@ class Compacted:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compactor:
+    """The rounds of one image. See `compact`."""
+
+    storage: Storage
+    barriers: Barriers
+    make_effort: Callable[[], Effort]
+    cipher: DataCipher | None = None
+    progress: ProgressReport | None = None
+
+    def run(self) -> Compacted:
+        """Until there is nothing to gain."""
+        before, moved, rounds = 0, 0, 0
+        while True:
+            metadata = load_qcow2_metadata(self.storage)
+            census = take_census(self.storage, metadata, effort=self.make_effort())
+            end = self._end(census, metadata.cluster_size)
+            before = before or end
+            done = self._run_round(metadata, census, moved)
+            if done is None:
+                return Compacted(before=before, after=end, moved=moved, rounds=rounds)
+            moved, rounds = moved + done, rounds + 1
+
+    def _end(self, census: Census, cluster_size: int) -> int:
+        """Where the file ends, in bytes. A device is never cut: of that it is where the image
+        ends."""
+        if not self.storage.caps.block_device:
+            return self.storage.size()
+        return (int(np.flatnonzero(census.used)[-1]) + 1) * cluster_size
+
+    def _run_round(self, metadata: Qcow2Metadata, census: Census, moved: int) -> int | None:
+        """Bytes that were moved; None where a shorter file is not to be had. moved: before."""
+        size, slack = metadata.cluster_size, census.packed // 64
+        end = ceil_div(self._end(census, size), size)
+        census = census.up_to(end)
+        for _ in range(_TRIES):
+            limit = plan_limit(census, metadata.geometry, slack=slack, most=_ROUND_BYTES // size)
+            # Tables are written for it: it has to be worth that.
+            if end - limit < max(1, census.tables // 4):
+                return None
+            room = Holes(np.flatnonzero(~census.used[:limit]), end=last_kept(census, limit) + 1)
+            total = moved + int(np.count_nonzero(census.data[limit:])) * size
+            run = Compaction(
+                self.storage,
+                metadata,
+                room=room,
+                limit=limit,
+                end=end,
+                barriers=self.barriers,
+                effort=self.make_effort(),
+                cipher=self.cipher,
+                report=partial(self._report, moved, total),
+            )
+            try:
+                run.run()
+            except NoRoom:
+                # Compressed data, tables that were shared, or runs of holes did not fit as counted.
+                slack = 2 * slack + census.tables // 4 + 1
+                continue
+            _cut(self.storage, room.end * size, self.barriers)
+            return run.moved
+        return None
+
+    def _report(self, before: int, total: int, done: int) -> None:
+        if self.progress is not None:
+            # Compressed data are less than the clusters that they touch.
+            self.progress(min(before + done, total), total)
+
+
 def compact(
     storage: Storage,
-    metadata: Qcow2Metadata,
     *,
     barriers: Barriers,
     make_effort: Callable[[], Effort],
     cipher: DataCipher | None = None,
+    progress: ProgressReport | None = None,
 ) -> Compacted:
     """Shorten the file as far as that can be. The image is recovered and closed to everybody else.
 
-    cipher: of an image whose data are encrypted for their place. Raises RequestError for an image
-    that has to be repaired first, CorruptMetadata, OperationError and StorageError; the image is
-    sound at any moment."""
-    before, moved, rounds = 0, 0, 0
-    while True:
-        metadata = load_qcow2_metadata(storage)
-        census = take_census(storage, metadata, effort=make_effort())
-        end = _end(storage, census, metadata.cluster_size)
-        before = before or end
-        done = _run_round(storage, metadata, census, barriers, make_effort, cipher)
-        if done is None:
-            return Compacted(before=before, after=end, moved=moved, rounds=rounds)
-        moved, rounds = moved + done, rounds + 1
-
-
-def _end(storage: Storage, census: Census, cluster_size: int) -> int:
-    """Where the file ends, in bytes. A device is never cut: of that it is where the image ends."""
-    if not storage.caps.block_device:
-        return storage.size()
-    return (int(np.flatnonzero(census.used)[-1]) + 1) * cluster_size
-
-
-def _run_round(
-    storage: Storage,
-    metadata: Qcow2Metadata,
-    census: Census,
-    barriers: Barriers,
-    make_effort: Callable[[], Effort],
-    cipher: DataCipher | None,
-) -> int | None:
-    """Bytes that were moved; None where a shorter file is not to be had."""
-    size, slack = metadata.cluster_size, census.packed // 64
-    end = ceil_div(_end(storage, census, size), size)
-    census = census.up_to(end)
-    for _ in range(_TRIES):
-        limit = plan_limit(census, metadata.geometry, slack=slack, most=_ROUND_BYTES // size)
-        # Tables are written for it: it has to be worth that.
-        if end - limit < max(1, census.tables // 4):
-            return None
-        room = Holes(np.flatnonzero(~census.used[:limit]), end=last_kept(census, limit) + 1)
-        run = Compaction(
-            storage,
-            metadata,
-            room=room,
-            limit=limit,
-            end=end,
-            barriers=barriers,
-            effort=make_effort(),
-            cipher=cipher,
-        )
-        try:
-            run.run()
-        except NoRoom:
-            # Compressed data, tables that were shared, or runs of holes did not fit as counted.
-            slack = 2 * slack + census.tables // 4 + 1
-            continue
-        _cut(storage, room.end * size, barriers)
-        return run.moved
-    return None
+    cipher: of an image whose data are encrypted for their place. progress: of bytes that move.
+    Raises RequestError for an image that has to be repaired first, CorruptMetadata, OperationError
+    and StorageError; the image is sound at any moment."""
+    return _Compactor(
+        storage=storage,
+        barriers=barriers,
+        make_effort=make_effort,
+        cipher=cipher,
+        progress=progress,
+    ).run()
 
 
 def plan_limit(census: Census, geometry: Geometry, *, slack: int, most: int) -> int:
@@ -168,10 +190,12 @@ class Compaction(Transform):
         end: int,
         barriers: Barriers,
         effort: Effort,
+        report: Callable[[int], None],
         cipher: DataCipher | None = None,
     ) -> None:
         """limit: host cluster; data from there on move into `room`. end: one past the last that is
-        used. cipher: for data that are encrypted for their place."""
+        used. report: told of the bytes that have moved. cipher: for data that are encrypted for
+        their place."""
         super().__init__(
             storage,
             metadata,
@@ -184,6 +208,7 @@ class Compaction(Transform):
         )
         self._limit = limit
         self._cipher = cipher
+        self._report = report
         self._bits = metadata.geometry.cluster_bits
         self.moved = 0
         # Where clusters from the limit on have gone, -1 for nowhere yet.
@@ -235,7 +260,8 @@ class Compaction(Transform):
                     self._cipher.decrypt(memoryview(raw), host=int(old[at]) * size, guest=0)
                     self._cipher.encrypt_in_place(raw, host=int(new[at]) * size, guest=0)
                 self._storage.pwrite([raw], offset=int(new[at]) * size)
-        self.moved += len(old) * size
+                self.moved += length
+                self._report(self.moved)
 
     def _move_packed(self, entry: int) -> int:
         """A compressed descriptor whose data lie below the limit afterwards."""
