@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qcowkit.operations.resize import check_size
 from qcowkit.units import MiB
 
 WINDOW = 2 * MiB
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,16 @@ class _Window:
     table: ExtentTable
     data: RangeSet
     zeros: RangeSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """A guest range to be read together. pieces: the parts of it that are written."""
+
+    table: ExtentTable
+    start: int
+    stop: int
+    pieces: tuple[tuple[int, int], ...]
 
 
 class CommitCopy:
@@ -70,12 +82,12 @@ class CommitCopy:
                 for start, stop in window.zeros:
                     self._base.write_zeroes(offset=start, length=stop - start, unmap=True)
                     self.zeroed += stop - start
-                for start, stop, buffer in workers.map_ordered(self._read, _pieces(window)):
-                    self._base.write(buffer[: stop - start].data, offset=start)
-                    self._pool.give(buffer)
-                    self.copied += stop - start
-                    self._progress(stop, self._above.size)
-                    limit.spend(stop - start)
+                work = workers.map_ordered(self._read, _batches(window))
+                with contextlib.closing(work) as batches:
+                    for batch, buffer in batches:
+                        limit.spend(self._write(batch, buffer))
+                        self._pool.give(buffer)
+                        self._progress(batch.stop, self._above.size)
                 self._progress(window.table.end, self._above.size)
         self._base.flush()
 
@@ -91,17 +103,32 @@ class CommitCopy:
                 zeros=zeros.union(hidden).difference(unseen),
             )
 
-    def _read(self, piece: tuple[ExtentTable, int, int]) -> tuple[int, int, npt.NDArray[np.uint8]]:
-        """The bytes of a piece in a buffer of the pool. Runs in workers."""
-        table, start, stop = piece
+    def _read(self, batch: _Batch) -> tuple[_Batch, Bytes]:
+        """The bytes of a batch in a buffer of the pool. Runs in workers."""
         buffer = self._pool.take()
-        self._above.read_table(clip(table, start, stop), buffer.data[: stop - start])
-        return start, stop, buffer
+        part = clip(batch.table, batch.start, batch.stop)
+        self._above.read_table(part, buffer.data[: batch.stop - batch.start])
+        return batch, buffer
+
+    def _write(self, batch: _Batch, buffer: Bytes) -> int:
+        """Write the pieces of a batch, and nothing of what lies between them; their bytes."""
+        done = 0
+        for start, stop in batch.pieces:
+            self._base.write(buffer[start - batch.start : stop - batch.start].data, offset=start)
+            done += stop - start
+        self.copied += done
+        return done
 
 
-def _pieces(window: _Window) -> Iterator[tuple[ExtentTable, int, int]]:
-    """Ranges of data within one WINDOW of the guest, and nothing of what lies between them."""
-    gaps = window.data.complement(window.table.begin, window.table.end)
-    starts, stops = plan_batches(window.data, window=WINDOW, barriers=gaps)
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        yield window.table, start, stop
+def _batches(window: _Window) -> Iterator[_Batch]:
+    """What lies within one WINDOW of the guest each; gaps cost nothing where nothing is decided."""
+    data = window.data
+    starts, stops = plan_batches(data, window=WINDOW)
+    firsts = np.searchsorted(data.stop, starts, side="right")
+    lasts = np.searchsorted(data.start, stops, side="left")
+    columns = (starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist())
+    for start, stop, first, last in zip(*columns, strict=True):
+        low = np.maximum(data.start[first:last], start).tolist()
+        high = np.minimum(data.stop[first:last], stop).tolist()
+        pieces = tuple(zip(low, high, strict=True))
+        yield _Batch(table=window.table, start=start, stop=stop, pieces=pieces)
