@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,10 +80,12 @@ class RebaseCopy:
         with Workers(self._threads, cancel=self._cancel) as workers:
             for pair in iter_pairs(self._below, self._other, size=self._top.size, align=window):
                 workers.check_cancelled()
-                for found in workers.map_ordered(self._compare, self._batches(pair, window)):
-                    self._store(found)
-                    self._pool.give(found.buffer)
-                    self._progress(found.stop, self._top.size)
+                work = workers.map_ordered(self._compare, self._batches(pair, window))
+                with contextlib.closing(work) as parts:
+                    for found in parts:
+                        self._store(found)
+                        self._pool.give(found.buffer)
+                        self._progress(found.stop, self._top.size)
                 self._progress(pair.stop, self._top.size)
         self._top.flush()
 
