@@ -85,8 +85,9 @@ def write_delta(
 ) -> Converted:
     """Make a qcow2 image at `path` that shows `disk` over its backing file and holds `changed`.
 
-    changed: guest ranges, beyond which the two show the same. It appears when it is complete.
-    Raises RequestError where the options cannot be, and as `convert`."""
+    changed: guest ranges, beyond which the two show the same. It appears when it is complete; the
+    name of the backing file is taken out of it afterwards, if at all. Raises RequestError where the
+    options cannot be, and as `convert`."""
     if str(options.create.get("compat", "1.1")) == "0.10" and options.standalone:
         raise RequestError(
             "compat=0.10 has no zero clusters, without which a delta needs its backing file"
