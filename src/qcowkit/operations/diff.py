@@ -19,7 +19,7 @@ from qcowkit.errors import RequestError
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.zeros import zero_units
 from qcowkit.image.chain import Chain
-from qcowkit.operations.pairs import Mask, Pair, compare_part, iter_pairs
+from qcowkit.operations.pairs import Mask, Pair, compare_part, iter_pairs, only_within
 from qcowkit.units import SECTOR, KiB, MiB, format_size, is_power_of_two
 
 WINDOW = 2 * MiB
@@ -121,11 +121,11 @@ class _Diff:
         """Ranges to be read, within one WINDOW of the guest each."""
         units = pair.suspects.scale_outward(self._unit).scale_up(self._unit)
         units = units.clip(pair.start, pair.stop)
-        gaps = units.complement(pair.start, pair.stop)
-        starts, stops = plan_batches(units, window=WINDOW, barriers=gaps)
+        self._compared += units.total
+        asked = only_within(pair, units)
+        starts, stops = plan_batches(units, window=WINDOW)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            self._compared += stop - start
-            yield pair, start, stop
+            yield asked, start, stop
 
     def compare(self, batch: tuple[Pair, int, int]) -> tuple[RangeSet, RangeSet]:
         """The units of a batch that differ, with data and with zeros. Runs in workers."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from qcowkit.extents.algebra import clip
+from qcowkit.extents.algebra import clip, split_at
 from qcowkit.extents.differences import may_differ, pad_to
 from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import ExtentTable, Int64Array, empty
@@ -81,6 +81,29 @@ def _files_of(disk: Chain | None, numbers: dict[object, int]) -> Int64Array:
 
 def _identity(storage: Storage) -> object:
     return storage.identity if isinstance(storage, FileStorage) else id(storage)
+
+
+def only_within(pair: Pair, ranges: RangeSet) -> Pair:
+    """The same pair with nothing allocated outside of `ranges`: what is not asked for is not read,
+    and the two are equal there."""
+    return replace(
+        pair,
+        first=_within(pair.first, ranges),
+        second=_within(pair.second, ranges),
+    )
+
+
+def _within(table: ExtentTable, ranges: RangeSet) -> ExtentTable:
+    cut = split_at(table, np.concatenate((ranges.start, ranges.stop)))
+    inside = ranges.contains(cut.start)
+    return ExtentTable(
+        start=cut.start,
+        length=cut.length,
+        flags=np.where(inside, cut.flags, np.uint16(0)),
+        layer=cut.layer,
+        host=cut.host,
+        stored=cut.stored,
+    )
 
 
 def read_part(

@@ -16,7 +16,7 @@ from qcowkit.extents.ranges import RangeSet
 from qcowkit.extents.table import Flag
 from qcowkit.extents.zeros import zero_units
 from qcowkit.image.chain import Chain
-from qcowkit.operations.pairs import Bytes, Mask, Pair, compare_part, iter_pairs
+from qcowkit.operations.pairs import Bytes, Mask, Pair, compare_part, iter_pairs, only_within
 from qcowkit.units import MiB
 
 WINDOW = 2 * MiB
@@ -101,10 +101,11 @@ class RebaseCopy:
             # A cluster is compressed as a whole.
             reach = wanted.scale_outward(self._cluster).scale_up(self._cluster)
             reach = reach.clip(pair.start, pair.stop)
-        gaps = reach.complement(pair.start, pair.stop)
-        starts, stops = plan_batches(reach, window=window, barriers=gaps)
+        self.compared += reach.total
+        asked = only_within(pair, reach)
+        starts, stops = plan_batches(reach, window=window)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            yield _Batch(pair=pair, start=start, stop=stop, wanted=wanted.clip(start, stop))
+            yield _Batch(pair=asked, start=start, stop=stop, wanted=wanted)
 
     def _present(self, start: int, stop: int, *, placed: bool = False) -> RangeSet:
         """What the top decides itself. placed: and what has a host cluster without deciding."""
@@ -146,7 +147,6 @@ class RebaseCopy:
 
     def _store(self, found: _Found) -> None:
         """Write into the top what the old chain shows, where the new one differs."""
-        self.compared += found.stop - found.start
         packed = self._compressible(found)
         for first, last in zip(*runs_of(packed), strict=True):
             self._write(found, first, last, compress=True)
