@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
+from qcowkit.codecs.qcow2.snapshots import SnapshotEntry, encode_snapshots
+from qcowkit.engine import findings
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
+from qcowkit.errors import OperationError
 from qcowkit.operations.capsule import make_capsule
 from qcowkit.operations.check import Verdict
 from qcowkit.operations.compact import compact_image
@@ -65,3 +70,31 @@ def test_an_image_on_a_device_is_compacted_once(kind: dict[str, Any]) -> None:
     assert 0 < done.rounds < 5
     assert done.after < done.before <= len(raw)
     assert compact_image(device.layers()[0]).done.rounds == 0
+
+
+def test_snapshots_that_share_one_large_table_are_not_read_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(findings, "FREE_WORK", 0)
+    monkeypatch.setattr(findings, "WORK_FACTOR", 1)
+    raw = bytearray(build_qcow2(size=1 * MiB, cluster_bits=16).to_bytes())
+    place, table = align_up(len(raw), 64 * KiB), 1 * MiB // 8
+    entries = [
+        SnapshotEntry(
+            id=str(number),
+            name="",
+            l1_offset=place + 64 * KiB,
+            l1_entries=table,
+            date_sec=0,
+            date_nsec=0,
+            disk_size=1 * MiB,
+        )
+        for number in range(40)
+    ]
+    raw += bytes(place - len(raw)) + encode_snapshots(entries).ljust(64 * KiB, b"\0")
+    raw += bytes(1 * MiB)
+    struct.pack_into(">IQ", raw, FIELD_OFFSETS["nb_snapshots"], len(entries), place)
+    disk = Disk(storage=MemoryStorage(raw))
+    with pytest.raises(OperationError, match="too complex"):
+        disk.amend(extended_l2=True)
+    assert disk.storage.pread(len(raw) + 1, offset=0) == raw

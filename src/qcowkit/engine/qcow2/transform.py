@@ -187,19 +187,12 @@ class Transform:
 
     def _write_trees(self) -> tuple[Qcow2Metadata, Uint64Array]:
         """The metadata as they will be, but for refcounts, and the active L1 table's words."""
-        # All of them are looked at before anything is written.
-        trees = [self._snapshot_trees(one) for one in self._metadata.snapshots]
+        for _ in self._trees():
+            # All of them are looked at before anything is written; few are in memory at once.
+            pass
         active = self._write_tree(self._active_tree())
-        tables = [np.concatenate([self._write_tree(tree) for tree in parts]) for parts in trees]
         place = self._write_words(active, at_least=1)
-        snapshots = tuple(
-            replace(
-                one,
-                l1_offset=self._write_words(words, at_least=1) if len(words) else 0,
-                l1_entries=len(words),
-            )
-            for one, words in zip(self._metadata.snapshots, tables, strict=True)
-        )
+        snapshots = tuple(map(self._write_snapshot, self._metadata.snapshots))
         raw = encode_snapshots(snapshots)
         header = replace(
             self._target,
@@ -215,6 +208,12 @@ class Transform:
             snapshot_table_bytes=len(raw),
         )
         return planned, active
+
+    def _write_snapshot(self, entry: SnapshotEntry) -> SnapshotEntry:
+        """The same snapshot with tables of the new geometry."""
+        words = np.concatenate([self._write_tree(tree) for tree in self._snapshot_trees(entry)])
+        place = self._write_words(words, at_least=1) if len(words) else 0
+        return replace(entry, l1_offset=place, l1_entries=len(words))
 
     def _write_words(self, words: Uint64Array, *, at_least: int) -> int:
         return self._write_raw(words.astype(">u8").tobytes(), at_least=at_least)
@@ -270,6 +269,8 @@ class Transform:
         return entries
 
     def _load_l1(self, offset: int, count: int) -> Uint64Array:
+        # Snapshots without number may name one large table.
+        self._effort.spend(count * 8)
         return load_l1(
             self._storage,
             offset=offset,
@@ -280,6 +281,7 @@ class Transform:
 
     def _write_tree(self, tree: Tree) -> Uint64Array:
         """The words of the new L1 table, without COPIED; its L2 tables are written."""
+        self._effort.spend(tree.entries * 8)
         l1 = np.zeros(tree.entries, dtype=np.uint64)
         per_chunk = self._chunk // self._new.l2_coverage
         for number in self._iter_chunks(tree):
