@@ -12,7 +12,7 @@ from qcowkit.image import chain
 from qcowkit.operations import pairs
 from qcowkit.operations.commit import CommitOptions, commit_layers
 from qcowkit.operations.diff import diff
-from qcowkit.operations.pairs import compare_part, iter_pairs, unequal_units
+from qcowkit.operations.pairs import compare_part, iter_pairs, only_within, unequal_units
 from qcowkit.operations.rebase import NewBase, RebaseOptions, rebase_layers
 from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.units import KiB, MiB
@@ -156,6 +156,24 @@ def test_a_part_without_data_is_compared_as_its_zeros_would_be(unit: int) -> Non
                 plain = [shown(disk, start, stop) for disk in disks]
                 assert found.tolist() == unequal_units(plain[0], plain[1], unit).tolist()
                 assert bytes(buffers[0][: stop - start]) == bytes(plain[0])
+
+
+def test_what_is_not_asked_for_is_not_read_and_equal() -> None:
+    asked = RangeSet.of([4096, MiB + 512], [12288, MiB + 1024])
+    with open_disk(make(FIRST, 8), FIRST) as one, open_disk(make(SECOND, 9), SECOND) as other:
+        (whole,) = iter_pairs(one, other, size=SIZE, align=MiB)
+        part = only_within(whole, asked)
+        for disk, table in ((one, part.first), (other, part.second)):
+            table.check()
+            assert (table.begin, table.end) == (0, SIZE)
+            rows = chain.data_rows(table)
+            assert bool(asked.contains(rows.start).all())
+            assert bool(asked.contains(rows.start + rows.length - 1).all())
+            buffer = np.empty(2 * MiB, dtype=np.uint8)
+            pairs.read_part(disk, table, buffer, start=0, stop=2 * MiB)
+            plain = shown(disk, 0, 2 * MiB).copy()
+            plain[~asked.contains(np.arange(2 * MiB))] = 0
+            assert np.array_equal(buffer, plain)
 
 
 def shown(disk: chain.Chain | None, start: int, stop: int) -> pairs.Bytes:
