@@ -83,6 +83,7 @@ def test_nothing_is_written_into_it(tmp_path: Path) -> None:
     raw = path.read_bytes()
     assert "this is a capsule" in qcow("io", "-c", "write 0 4k", path, code=1).err
     assert "this is a capsule" in qcow("amend", "-o", "refcount_bits=8", path, code=1).err
+    assert "this is a capsule" in qcow("snapshot", "-c", "x", path, code=1).err
     capsule = Disk(storage=MemoryStorage(raw))
     with pytest.raises(UnsupportedFeature, match="this is a capsule"):
         compact_image(capsule.layers()[0])

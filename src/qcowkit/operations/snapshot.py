@@ -12,12 +12,11 @@ from typing import Any
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.findings import Effort
-from qcowkit.engine.qcow2.header_writer import HeaderWriter
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
-from qcowkit.engine.qcow2.recovery import recover_for_writing
 from qcowkit.engine.qcow2.snapshots import Snapshots
-from qcowkit.errors import CorruptMetadata, UnsupportedFeature
+from qcowkit.errors import UnsupportedFeature
 from qcowkit.image.lineage import Layer
+from qcowkit.operations.amend import prepare_for_change
 from qcowkit.operations.info import describe_snapshot, render_snapshots
 from qcowkit.units import format_size
 
@@ -79,22 +78,10 @@ def delete_snapshot(layer: Layer, id_or_name: str) -> SnapshotEntry:
 
 def _changes(layer: Layer) -> Snapshots:
     """The image made ready for a change: sound, and without promises that it would break."""
-    metadata = _metadata(layer)
-    if metadata.corrupt:
-        raise CorruptMetadata(
-            "header field incompatible_features",
-            host_offset=72,
-            reason="the corrupt bit is set: the image has to be repaired (check -r all) before "
-            "anything is written",
-        )
+    _metadata(layer)
     storage, barriers = layer.storage, Barriers(layer.storage)
-    metadata = recover_for_writing(storage, metadata, barriers=barriers)
-    header = HeaderWriter(storage, metadata.header)
-    if header.has_unknown_autoclear:
-        header.clear_unknown_autoclear()
-        barriers.pending = True
-        barriers.wait("autoclear bits before the first change")
-        metadata = load_qcow2_metadata(storage)
+    prepare_for_change(layer, barriers)
+    metadata = load_qcow2_metadata(storage)
     effort = Effort(stored=storage.allocated())
     return Snapshots(storage=storage, metadata=metadata, barriers=barriers, effort=effort)
 

@@ -96,7 +96,7 @@ class Snapshots:
     def delete(self, entry: SnapshotEntry) -> Header:
         """Give up a snapshot, and every cluster that only it refers to."""
         self._check_possible()
-        left = tuple(one for one in self.metadata.snapshots if one is not entry)
+        left = tuple(one for one in self.metadata.snapshots if one.id != entry.id)
         active = Tree.of(self._active_l1())
         return self._run(
             Change(
