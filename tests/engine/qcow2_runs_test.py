@@ -308,3 +308,52 @@ def test_metadata_of_the_runs_survive_a_change_of_other_extensions(tmp_path: Pat
             backing_name=b"base",
         )
     assert runs_in(path) == before
+
+
+def test_amend_records_runs_and_takes_them_away(tmp_path: Path) -> None:
+    path = make(tmp_path, runs=False)
+    assert qcow("amend", "-o", "contiguous_runs=on", path).out.decode().strip() == (
+        f"{path}: contiguous runs: 1"
+    )
+    assert runs_in(path) is not None
+    qcow("amend", "-q", "-o", "contiguous_runs=off", path)
+    assert runs_in(path) is None
+    assert verdict(path) is Verdict.CLEAN
+
+
+@pytest.mark.parametrize("option", ["compat=0.10", "cluster_size=2k"])
+def test_amend_refuses_runs_that_will_have_no_room(tmp_path: Path, option: str) -> None:
+    path = make(tmp_path, runs=False)
+    before = path.read_bytes()
+    failed = qcow("amend", "-o", f"contiguous_runs=on,{option}", path, code=1)
+    assert "contiguous_runs needs" in failed.err
+    assert path.read_bytes() == before
+
+
+def test_amend_records_runs_of_the_image_as_it_is_then(tmp_path: Path) -> None:
+    path = make(tmp_path, runs=False, compat="0.10")
+    qcow("amend", "-q", "-o", "compat=1.1,cluster_size=8k,contiguous_runs=on", path)
+    assert runs_in(path) is not None
+    assert verdict(path) is Verdict.CLEAN
+
+
+def test_compacting_finds_runs_anew(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with open_disk(path, writable=True) as disk:
+        disk.discard(offset=0, length=2 * MiB)
+        disk.write(b"x" * MiB, offset=2 * MiB)
+    assert runs_in(path) is None
+    qcow("compact", "-q", path)
+    found = runs_in(path)
+    assert found is not None
+    # Short pieces, where tables lay in between, are left out.
+    assert MiB < sum(run.length for run in found.runs) <= 2 * MiB
+    assert verdict(path) is Verdict.CLEAN
+    with open_disk(path) as disk:
+        assert disk.read(offset=2 * MiB, length=MiB) == b"x" * MiB
+
+
+def test_an_image_without_a_record_gets_none_by_compacting(tmp_path: Path) -> None:
+    path = make(tmp_path, runs=False)
+    qcow("compact", "-q", path)
+    assert runs_in(path) is None

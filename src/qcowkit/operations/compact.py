@@ -14,6 +14,7 @@ from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.errors import UnsupportedFeature
 from qcowkit.image.lineage import Layer
 from qcowkit.operations.amend import prepare_for_change
+from qcowkit.operations.runs import renew_runs
 from qcowkit.units import format_size
 
 # Tables are walked over several times in a round.
@@ -53,7 +54,8 @@ def compact_image(
     budget: Budget = TRUSTED,
     progress: ProgressReport | None = None,
 ) -> CompactResult:
-    """Move what lies at the end of the file into its holes, and cut it.
+    """Move what lies at the end of the file into its holes, and cut it. An image with a record of
+    contiguous runs gets a new one.
 
     layer: open for writing; nothing but its file is looked at. secret: the passphrase of an image
     that is encrypted with LUKS. progress: of bytes that move. Raises UnsupportedFeature for other
@@ -75,5 +77,6 @@ def compact_image(
         cipher=cipher,
         progress=progress,
     )
+    renew_runs(layer, barriers=barriers)
     filename = storage.name if layer.path is None else str(layer.path)
     return CompactResult(filename=filename, done=done)

@@ -23,12 +23,13 @@ from qcowkit.cli.parsing import Parser
 from qcowkit.cli.printing import write_lines, write_text
 from qcowkit.cli.progress import Progress
 from qcowkit.cli.secrets import find_secret, opening_of
-from qcowkit.engine.qcow2.amend_plan import Amendment
+from qcowkit.engine.qcow2.amend_plan import COMPATS, Amendment
 from qcowkit.errors import RequestError
-from qcowkit.image.lineage import close_layers, open_layers
+from qcowkit.image.lineage import Layer, close_layers, open_layers
 from qcowkit.operations.amend import AmendOptions, amend_image
 from qcowkit.operations.identity import NO_GUID, amend_identity, choose_guid
 from qcowkit.operations.keyslots import KeyChange, change_keys
+from qcowkit.operations.runs import amend_runs, require_room_for_runs
 from qcowkit.units import parse_size
 
 PREFIX = "encrypt."
@@ -43,6 +44,7 @@ _HELP = """options of amend, for qcow2 images:
   data_file_raw=<bool>      off: the data file need not be a raw disk any more
   size=<size>               a larger disk
   backing_file, backing_fmt only what the image says already: rebase changes them
+  contiguous_runs=<bool>    on: record anew what lies in one piece; off: drop the record
   guid=<str>                which disk this is: auto, a GUID, or none; records the backing file's
 
 options of amend, for images encrypted with LUKS:
@@ -107,6 +109,8 @@ def run(args: Namespace) -> int:
         raise RequestError("-o is missing: it says what shall change (-o help)")
     text = options.pop("guid", None)
     guid = None if text is None else choose_guid(text)
+    runs = options.pop("contiguous_runs", None)
+    record = None if runs is None else parse_bool(runs, what="-o contiguous_runs")
     wanted = {key: options.pop(key) for key in _IMAGE_KEYS if key in options}
     change = parse_key_change(options, parse_objects(args.objects)) if options else None
     amending = parse_amendment(wanted) if wanted else None
@@ -124,6 +128,9 @@ def run(args: Namespace) -> int:
     )
     done = []
     try:
+        if record:
+            # Before anything is written; the rest of what can be refused is refused by the steps.
+            _require_room_for_runs(layers[0], amending)
         if change is not None:
             secret = opening.secrets.at(0)
             done.append(change_keys(layers[0], change, secret=secret, force=args.force).render())
@@ -133,6 +140,9 @@ def run(args: Namespace) -> int:
                     layers, amending, budget=TRUSTED, opening=opening, progress=progress
                 )
             done.append(result.render())
+        if record is not None:
+            count = amend_runs(layers[0], on=record)
+            done.append(f"contiguous runs: {count}" if record else "contiguous runs: off")
         if text is not None:
             # Last, since it needs what is in the header by then.
             after = amend_identity(layers[0], guid, gate=make_gate(args))
@@ -142,6 +152,17 @@ def run(args: Namespace) -> int:
     if not args.quiet:
         write_lines([f"{spec.path}: {line}" for line in done])
     return exits.SUCCESS
+
+
+def _require_room_for_runs(top: Layer, amending: AmendOptions | None) -> None:
+    """By what the image will be."""
+    amendment = Amendment() if amending is None else amending.amendment
+    compat = amendment.compat
+    require_room_for_runs(
+        top,
+        version=None if compat is None else COMPATS[compat],
+        cluster_size=amendment.cluster_size,
+    )
 
 
 def parse_amendment(values: dict[str, str]) -> AmendOptions:
