@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
 from qcowkit.codecs.qcow2.geometry import Geometry
-from qcowkit.engine.qcow2.census import Census
+from qcowkit.engine.findings import Effort
+from qcowkit.engine.qcow2.census import Census, take_census
 from qcowkit.engine.qcow2.compaction import plan_limit
+from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.engine.qcow2.room import Holes, NoRoom, Room
+from qcowkit.errors import OperationError, StorageError
+from qcowkit.storage.memory import MemoryStorage
+from qcowkit.testing.qcow2_builder import build_qcow2
+from qcowkit.units import MiB
 
 pytestmark = pytest.mark.pinned("geometries of its own")
 
@@ -83,3 +91,30 @@ def test_the_limit_is_the_lowest_below_which_everything_fits(text: str, limit: i
 def test_a_round_moves_no_more_than_it_may() -> None:
     text = "FRRT" + "." * 20 + "D" * 10
     assert plan_limit(census(text), GEOMETRY, slack=0, most=3) == len(text) - 3
+
+
+class Unreadable(MemoryStorage):
+    """Memory of which one place cannot be read."""
+
+    place = 0
+
+    def pread(self, length: int, *, offset: int) -> bytes:
+        self._fail(offset)
+        return super().pread(length, offset=offset)
+
+    def pread_into(self, buffer: memoryview, *, offset: int) -> int:
+        self._fail(offset)
+        return super().pread_into(buffer, offset=offset)
+
+    def _fail(self, offset: int) -> None:
+        if offset == self.place:
+            raise StorageError("read", path="x", errno=errno.EIO)
+
+
+def test_a_table_that_cannot_be_read_is_no_reason_for_a_repair() -> None:
+    built = build_qcow2(size=MiB, clusters={0: b"x" * 4096})
+    storage = Unreadable(built.to_bytes())
+    metadata = load_qcow2_metadata(storage)
+    storage.place = built.places["l2"]
+    with pytest.raises(OperationError, match="not all tables can be read"):
+        take_census(storage, metadata, effort=Effort(stored=MiB))

@@ -69,11 +69,9 @@ class Difference:
         count, changed = len(self.changed), self.changed
         data, zeros = format_size(self.data.total), format_size(self.zeros.total)
         first, last = int(changed.start[0]), int(changed.stop[-1])
-        return [
-            *lines,
-            f"{count} ranges differ between {first:#x} and {last:#x}: {data} of data, {zeros} of "
-            f"zeros; {read}",
-        ]
+        what = "1 range differs" if count == 1 else f"{count} ranges differ"
+        place = f"between {first:#x} and {last:#x}"
+        return [*lines, f"{what} {place}: {data} of data, {zeros} of zeros; {read}"]
 
 
 def diff(

@@ -12,7 +12,7 @@ from qcowkit.engine.qcow2.counters import Window
 from qcowkit.engine.qcow2.metadata import Qcow2Metadata
 from qcowkit.engine.qcow2.recount import Recount
 from qcowkit.engine.qcow2.references import survey
-from qcowkit.errors import RequestError
+from qcowkit.errors import OperationError, RequestError
 from qcowkit.storage.protocol import Storage
 
 BoolArray = npt.NDArray[np.bool_]
@@ -47,12 +47,15 @@ class Census:
 
 def take_census(storage: Storage, metadata: Qcow2Metadata, *, effort: Effort) -> Census:
     """Walk all references. Raises RequestError where a check would find corruptions: what nothing
-    seems to refer to is written over by those who ask. StorageError, OperationError."""
+    seems to refer to is written over by those who ask; OperationError where something cannot be
+    read, or the image is too complex."""
     log = FindingLog(limit=1)
     found = survey(storage, metadata, log=log, effort=effort)
     walk = _Walk(storage, metadata, found, log=log, effort=effort)
     walk.run()
-    if log.count(Severity.CORRUPTION) or log.count(Severity.ERROR):
+    if log.count(Severity.ERROR):
+        raise OperationError(f"not all tables can be read: {log.kept[0]}")
+    if log.count(Severity.CORRUPTION):
         raise RequestError(f"the image has to be repaired first (check -r all): {log.kept[0]}")
     return walk.census()
 
