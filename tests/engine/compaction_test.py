@@ -96,7 +96,7 @@ def test_a_round_moves_no_more_than_it_may() -> None:
 class Unreadable(MemoryStorage):
     """Memory of which one place cannot be read."""
 
-    place = 0
+    place = -1
 
     def pread(self, length: int, *, offset: int) -> bytes:
         self._fail(offset)
