@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from qcowkit.codecs.qcow2.header import FIELD_OFFSETS
 from qcowkit.codecs.qcow2.snapshots import SnapshotEntry, encode_snapshots
 from qcowkit.engine import findings
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
+from qcowkit.engine.qcow2.refcount_store import RefcountStore
 from qcowkit.errors import OperationError
+from qcowkit.operations.bitmap import list_bitmaps
 from qcowkit.operations.capsule import make_capsule
 from qcowkit.operations.check import Verdict
 from qcowkit.operations.compact import compact_image
@@ -98,3 +101,66 @@ def test_snapshots_that_share_one_large_table_are_not_read_without_end(
     with pytest.raises(OperationError, match="too complex"):
         disk.amend(extended_l2=True)
     assert disk.storage.pread(len(raw) + 1, offset=0) == raw
+
+
+class Impatient(MemoryStorage):
+    """Interrupted once, when the disk's new size is durable."""
+
+    def __init__(self, raw: bytes, *, size: int) -> None:
+        super().__init__(raw)
+        self._wanted: int | None = size
+
+    def flush(self) -> None:
+        super().flush()
+        found = int.from_bytes(self.pread(8, offset=FIELD_OFFSETS["size"]), "big")
+        if found == self._wanted:
+            self._wanted = None
+            raise KeyboardInterrupt
+
+
+def test_bitmaps_reach_over_a_disk_whose_growth_was_interrupted_at_its_end() -> None:
+    # One entry of its table is for 2 MiB.
+    bitmaps = [BitmapSpec(name="b", granularity_bits=9)]
+    raw = build_qcow2(size=1 * MiB, cluster_bits=9, bitmaps=bitmaps).to_bytes()
+    disk = Disk(storage=Impatient(raw, size=4 * MiB))
+    chain = disk.open(writable=True)
+    with pytest.raises(KeyboardInterrupt):
+        chain.resize(4 * MiB)
+    chain.images[0].disk.close()  # type: ignore[attr-defined]
+    (found,) = list_bitmaps(disk.layers()[0]).bitmaps
+    assert disk.open().size == 4 * MiB
+    assert found.bits is not None
+    assert found.bits.dirty_bytes >= 3 * MiB
+
+
+@pytest.mark.parametrize("length", [4 * KiB, 128 * KiB])
+def test_what_is_counted_down_when_somebody_interrupts_is_not_counted_down_again(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(storage=MemoryStorage(build_qcow2(size=1 * MiB, cluster_bits=12).to_bytes()))
+    chain = disk.open(writable=True)
+    chain.write(b"\1" * length, offset=0)
+    chain.images[0].disk.close()  # type: ignore[attr-defined]
+    disk.snapshot("s")
+    chain = disk.open(writable=True)
+    chain.write(b"\2" * length, offset=0)
+    for name in ("add", "add_scattered"):
+        monkeypatch.setattr(RefcountStore, name, interrupted(getattr(RefcountStore, name)))
+    with pytest.raises(KeyboardInterrupt):
+        chain.flush()
+    monkeypatch.undo()
+    chain.images[0].disk.close()  # type: ignore[attr-defined]
+    assert disk.check().verdict is Verdict.CLEAN
+    assert disk.view()["1"][:length] == b"\1" * length
+
+
+def interrupted(call: Callable[..., object]) -> Callable[..., object]:
+    """Does its work, and is interrupted then, where it counts down."""
+
+    def counted(*args: Any) -> object:
+        found = call(*args)
+        if args[-1] < 0:
+            raise KeyboardInterrupt
+        return found
+
+    return counted

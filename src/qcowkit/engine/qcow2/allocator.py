@@ -12,7 +12,7 @@ import numpy as np
 
 from qcowkit.engine.qcow2.overlap import OverlapGuard
 from qcowkit.engine.qcow2.refcount_store import RefcountStore
-from qcowkit.errors import CorruptMetadata, RequestError
+from qcowkit.errors import CorruptMetadata, QcowkitError, RequestError
 from qcowkit.units import INT64_MAX, ceil_div
 
 NEVER = INT64_MAX
@@ -186,17 +186,22 @@ class Allocator:
             block = (first + count - 1) // self.refcounts.per_block
             # From the end on: what lies in the last block, of long runs only that part.
             low = max(first, block * self.refcounts.per_block)
-            if low > first or count >= _LONG:
-                zero = self.refcounts.add(low, first + count - low, -1)
-                waiting.pop()
-                if low > first:
-                    waiting.append((first, low - first, punch))
-            else:
-                begin = self._first_of_block(waiting, block)
-                runs = waiting[begin:]
-                parts = [np.arange(at, at + many, dtype=np.int64) for at, many, _ in runs]
-                zero = self.refcounts.add_scattered(np.sort(np.concatenate(parts)), -1)
-                del waiting[begin:]
+            is_long = low > first or count >= _LONG
+            begin = len(waiting) - 1 if is_long else self._first_of_block(waiting, block)
+            # Counted at most once: what is interrupted in between leaks.
+            runs = waiting[begin:]
+            del waiting[begin:]
+            try:
+                if is_long:
+                    zero = self.refcounts.add(low, first + count - low, -1)
+                else:
+                    parts = [np.arange(at, at + many, dtype=np.int64) for at, many, _ in runs]
+                    zero = self.refcounts.add_scattered(np.sort(np.concatenate(parts)), -1)
+            except QcowkitError:
+                waiting += runs
+                raise
+            if low > first:
+                waiting.append((first, low - first, punch))
             released += [(at, many, punch) for at, many in zero]
 
     def _first_of_block(self, waiting: list[Released], block: int) -> int:

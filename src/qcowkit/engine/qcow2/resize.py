@@ -118,7 +118,8 @@ class Resizer:
             state.barriers.pending = True
             state.barriers.wait("new size")
         except BaseException:
-            mapping.size = before
+            # Whoever interrupts after the switch leaves a disk that has grown.
+            mapping.size = state.header.header.size
             raise
         assert len(tables.l1) >= self._geometry.l1_entries(size)
 
