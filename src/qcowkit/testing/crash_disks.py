@@ -120,12 +120,10 @@ class DiskKind:
         if self.backing:
             base = self._base().open(writable=False)
             layers.append(Layer(storage=base, metadata=load_metadata(base, "raw", budget=TRUSTED)))
-        secrets = Secrets.of(self.secret)
-        if writable:
-            # A disk whose power was cut is never closed: nothing may go on running for it.
-            options = replace(self.open_options, cache_clean_interval=0, secrets=secrets)
-            return build_chain(layers, writable=True, options=options)
-        return build_chain(layers, options=OpenOptions(secrets=secrets))
+        options = self.open_options if writable else DEFAULT_OPTIONS
+        # A disk whose power was cut is never closed: nothing may go on running for it.
+        options = replace(options, cache_clean_interval=0, secrets=Secrets.of(self.secret))
+        return build_chain(layers, writable=writable, options=options)
 
     def _base(self) -> CrashFiles:
         stamps = make_stamps(first=0, count=self.backing // SECTOR, value=BACKING_VALUE)
