@@ -12,6 +12,7 @@ import pytest
 from qcowkit.engine.barriers import Barriers
 from qcowkit.engine.events import QCOW2_REFORM_BARRIERS
 from qcowkit.engine.findings import Effort
+from qcowkit.engine.options import OpenOptions
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
 from qcowkit.engine.qcow2.snapshots import Snapshots
 from qcowkit.errors import QcowkitError
@@ -56,7 +57,9 @@ class Leaky(Barriers):
 
 def disk_of(storage: Storage, *, snapshot: str | None = None, writable: bool = False) -> Any:
     layer = Layer(storage=storage, metadata=load_qcow2_metadata(storage))
-    return build_chain([layer], snapshot=snapshot, writable=writable)
+    # Many disks are open at once, which need no threads.
+    options = OpenOptions(cache_clean_interval=0)
+    return build_chain([layer], snapshot=snapshot, writable=writable, options=options)
 
 
 def scribble(storage: Storage, seed: int, *, count: int = 12) -> None:
