@@ -186,3 +186,12 @@ def test_going_back_to_a_snapshot_needs_an_image_without_bitmaps(tmp_path: Path)
     qcow("snapshot", "-q", "-c", "s", path)
     qcow("bitmap", "--add", path, "b")
     assert "persistent bitmaps" in qcow("snapshot", "-a", "s", path, code=1).err
+
+
+def test_the_flag_of_older_scripts_is_accepted_with_a_note(tmp_path: Path) -> None:
+    """S003-18."""
+    path = tmp_path / "disk.qcow2"
+    qcow("create", "-q", "-f", "qcow2", path, "1M")
+    done = qcow("bitmap", "--add", "--autoload", path, "b")
+    assert "--autoload has no effect" in done.err
+    assert [one["name"] for one in qcow("bitmap", "--list", "--output=json", path).json()] == ["b"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qcowkit.engine.qcow2.metadata import load_qcow2_metadata
-from qcowkit.errors import QcowkitError, UnsupportedFeature
-from qcowkit.operations.capsule import make_capsule
+from qcowkit.errors import OperationError, QcowkitError, RequestError, UnsupportedFeature
+from qcowkit.operations.capsule import make_capsule, restore_capsule
 from qcowkit.operations.check import check_image, open_for_check
 from qcowkit.operations.compact import compact_image
 from qcowkit.storage.memory import MemoryStorage
@@ -18,6 +18,7 @@ from qcowkit.units import KiB, MiB
 from tests.amending import Disk, make_disk
 from tests.command import qcow
 from tests.crypt_disks import KINDS as CRYPT
+from tests.crypt_disks import OBJECT, described
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.pinned("its kinds of images are its own")
@@ -161,3 +162,74 @@ def test_a_version_of_no_capsule_is_told_as_it_is() -> None:
     raw[4:8] = (0x8000_0004).to_bytes(4, "big")
     with pytest.raises(QcowkitError, match="qcow2 version 2147483652"):
         load_qcow2_metadata(MemoryStorage(bytes(raw)))
+
+
+def damaged(disk: Disk, capsule: Path) -> bytes:
+    """The file of the image, in which whatever the capsule has is lost."""
+    image = bytearray(disk.storage.pread(disk.storage.size(), offset=0))
+    for index, byte in enumerate(capsule.read_bytes()):
+        if byte:
+            image[index] ^= 0xFF
+    return bytes(image)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_whose_metadata_are_lost_is_written_again(kind: str, tmp_path: Path) -> None:
+    disk = make_disk(**KINDS[kind])
+    path, out = capsule_of(disk, tmp_path), tmp_path / "mended"
+    lost = MemoryStorage(damaged(disk, path))
+    layer = open_for_check(path)
+    with layer.storage:
+        restore_capsule(layer, lost, out)
+    assert out.read_bytes() == disk.storage.pread(disk.storage.size(), offset=0)
+
+
+def test_on_the_command_line_a_capsule_gives_the_image_back(tmp_path: Path) -> None:
+    disk = make_disk(cluster_bits=12, snapshots=1)
+    path = capsule_of(disk, tmp_path)
+    (tmp_path / "lost").write_bytes(damaged(disk, path))
+    done = qcow("capsule", "--restore", tmp_path / "lost", path, tmp_path / "mended")
+    assert done.out.decode().endswith("of metadata restored, and sound\n")
+    qcow("check", "-q", tmp_path / "mended")
+    again = qcow(
+        "capsule", "--restore", tmp_path / "lost", path, tmp_path / "mended", "--output=json"
+    )
+    assert set(again.json()) == {"filename", "size", "copied"}
+
+
+def test_what_is_of_another_file_is_not_restored(tmp_path: Path) -> None:
+    disk = make_disk(cluster_bits=12)
+    path = capsule_of(disk, tmp_path)
+    layer = open_for_check(path)
+    with layer.storage, pytest.raises(RequestError, match="are not those of this file"):
+        restore_capsule(layer, MemoryStorage(bytes(4096)), tmp_path / "mended")
+    image = tmp_path / "image"
+    image.write_bytes(disk.storage.pread(disk.storage.size(), offset=0))
+    layer = open_for_check(image)
+    with layer.storage, pytest.raises(RequestError, match="is not a capsule"):
+        restore_capsule(layer, MemoryStorage(image.read_bytes()), tmp_path / "mended")
+    assert not (tmp_path / "mended").exists()
+
+
+def test_damaged_metadata_are_not_restored(tmp_path: Path) -> None:
+    built = build_qcow2(size=MiB, clusters={0: b"x" * 4096})
+    built.data[built.places["refcount_block"] + 1] ^= 1
+    disk = Disk(storage=MemoryStorage(built.to_bytes()))
+    layer = open_for_check(capsule_of(disk, tmp_path))
+    with layer.storage, pytest.raises(OperationError, match="metadata of the capsule are damaged"):
+        restore_capsule(layer, disk.storage, tmp_path / "mended")
+    assert not (tmp_path / "mended").exists()
+
+
+def test_key_slots_come_from_the_image_itself(tmp_path: Path) -> None:
+    image, path, out = (tmp_path / name for name in ("image", "disk.capsule", "mended"))
+    keys = CRYPT["luks"] + ",encrypt.key-secret=s"
+    qcow("create", "-q", "-f", "qcow2", "--object", OBJECT, "-o", keys, image, "1M")
+    said = ("--object", OBJECT, "--image-opts")
+    qcow("io", *said, "-c", "write -q -P 7 0 64k", described(image))
+    qcow("capsule", "-q", image, path)
+    raw = bytearray(image.read_bytes())
+    raw[:4] = b"lost"
+    image.write_bytes(raw)
+    qcow("capsule", "-q", "--restore", image, path, out)
+    qcow("io", *said, "-c", "read -q -P 7 0 64k", described(out))

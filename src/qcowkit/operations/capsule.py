@@ -1,7 +1,8 @@
 """A capsule: a copy of an image without its guest data, to show others what is wrong with it.
 
 Everything lies where it lay, byte for byte; what is left out is holes. One bit of the version says
-what it is: other programs refuse to open it, ours check and map it and refuse to read data."""
+what it is: other programs refuse to open it, ours check and map it and refuse to read data. Beside
+the file that it was made of it gives the image back, whatever has become of the metadata there."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ import numpy as np
 
 from qcowkit.codecs.qcow2.header import CAPSULE, FIELD_OFFSETS
 from qcowkit.codecs.qcow2.luks_header import LUKS_HEADER_BYTES
-from qcowkit.engine.findings import Effort, FindingLog
+from qcowkit.engine.findings import Effort, FindingLog, Severity
 from qcowkit.engine.qcow2.first_cluster import end_of_first_cluster
-from qcowkit.engine.qcow2.metadata import Qcow2Metadata
+from qcowkit.engine.qcow2.metadata import Qcow2Metadata, load_qcow2_metadata
+from qcowkit.engine.qcow2.recount import recount
 from qcowkit.engine.qcow2.references import Survey, survey
-from qcowkit.errors import RequestError, UnsupportedFeature
+from qcowkit.errors import OperationError, RequestError, UnsupportedFeature
 from qcowkit.image.lineage import Layer
 from qcowkit.storage.atomic import AtomicOutput
 from qcowkit.storage.locking import LockMode
@@ -48,6 +50,10 @@ class CapsuleResult:
         copied, size = format_size(self.copied), format_size(self.size)
         return f"{self.filename}: {copied} of metadata, in a file as long as the image, {size}"
 
+    def render_restored(self) -> str:
+        """The same of an image that was written again."""
+        return f"{self.filename}: {format_size(self.copied)} of metadata restored, and sound"
+
 
 def make_capsule(
     layer: Layer, path: str | os.PathLike[str], *, locking: LockMode = "auto"
@@ -76,6 +82,55 @@ def make_capsule(
         mark_capsule(output.storage)
         output.commit()
     return CapsuleResult(filename=os.fsdecode(path), size=size, copied=copied)
+
+
+def restore_capsule(
+    capsule: Layer,
+    data: Storage,
+    path: str | os.PathLike[str],
+    *,
+    locking: LockMode = "auto",
+) -> CapsuleResult:
+    """Write an image with the metadata of a capsule and everything else of `data`, the image that
+    it was made of, whose own metadata may be lost. Key slots come from `data` too.
+
+    Whether the guest's data still lie where they lay then cannot be known from here. The image
+    appears under its name when it is complete and its metadata are sound. Raises RequestError for
+    what is no capsule, or of another file, OperationError where the metadata are damaged too,
+    StorageError."""
+    metadata, source, size = capsule.metadata, capsule.storage, capsule.storage.size()
+    if not isinstance(metadata, Qcow2Metadata) or not metadata.header.capsule:
+        raise RequestError(f"{source.name}: is not a capsule")
+    if data.size() != size:
+        raise RequestError(
+            f"{data.name}: has {data.size()} bytes, and the capsule is of an image of {size}: its "
+            "metadata are not those of this file"
+        )
+    effort = Effort(stored=source.allocated())
+    found = survey(source, metadata, log=FindingLog(limit=0), effort=effort)
+    copied = 0
+    with AtomicOutput(path, locking=locking) as output:
+        target = output.storage
+        target.truncate(size)
+        for offset, length in data.iter_data(offset=0, length=size):
+            if not data.clone_to(target, offset=offset, length=length, target_offset=offset):
+                _copy(data, target, offset=offset, length=length)
+        raw = source.pread(metadata.cluster_size, offset=0).ljust(metadata.cluster_size, b"\0")
+        for offset, length in iter_pieces(
+            found, metadata, header=end_of_first_cluster(raw), size=size
+        ):
+            copied += _copy(source, target, offset=offset, length=length)
+        _mark(target, on=False)
+        _require_sound(target)
+        output.commit()
+    return CapsuleResult(filename=os.fsdecode(path), size=size, copied=copied)
+
+
+def _require_sound(storage: Storage) -> None:
+    log, effort = FindingLog(limit=1), Effort(stored=storage.allocated())
+    recount(storage, load_qcow2_metadata(storage, for_check=True), log=log, effort=effort)
+    if log.count(Severity.CORRUPTION) or log.count(Severity.ERROR):
+        raise OperationError(f"the metadata of the capsule are damaged: {log.kept[0]}")
 
 
 def iter_pieces(
@@ -114,9 +169,13 @@ def _exact_pieces(metadata: Qcow2Metadata) -> Iterator[tuple[int, int]]:
 
 def mark_capsule(storage: Storage) -> None:
     """Set the bit that makes other readers stop."""
+    _mark(storage, on=True)
+
+
+def _mark(storage: Storage, *, on: bool) -> None:
     place = FIELD_OFFSETS["version"]
-    version = int.from_bytes(storage.pread(4, offset=place), "big")
-    storage.pwrite([(version | CAPSULE).to_bytes(4, "big")], offset=place)
+    version = int.from_bytes(storage.pread(4, offset=place), "big") & ~CAPSULE
+    storage.pwrite([(version | CAPSULE * on).to_bytes(4, "big")], offset=place)
 
 
 def _copy(source: Storage, target: Storage, *, offset: int, length: int) -> int:

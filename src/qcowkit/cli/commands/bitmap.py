@@ -71,6 +71,11 @@ def configure(parser: Parser) -> None:
         help="make dirty what is dirty in bitmap SRC, to whole granules (repeatable)",
     )
     parser.add_argument(
+        "--autoload",
+        action="store_true",
+        help="accepted for older scripts, without effect: every enabled bitmap is loaded",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="list all bitmaps with what is dirty in them"
     )
     parser.add_argument(
@@ -101,6 +106,8 @@ def run(args: Namespace) -> int:
     """Carry out the actions, or list."""
     parse_objects(args.objects)
     _check(args)
+    if args.autoload:
+        warn(args, ["--autoload has no effect: every enabled bitmap is loaded"])
     with ExitStack() as stack:
         source = None
         (spec,) = image_specs(args, [args.file], format=args.format)

@@ -48,8 +48,10 @@ class LuksParams:
             if self.ivgen_alg != "essiv":
                 raise RequestError(f"ivgen-hash-alg is for essiv, found ivgen-alg={self.ivgen_alg}")
         if self.key_bytes == 24:
-            # Its key material does not fill whole sectors, which qemu cannot cope with.
-            raise RequestError("cipher-alg=aes-192 and cipher-mode=cbc exclude one another")
+            raise RequestError(
+                "cipher-alg=aes-192 and cipher-mode=cbc exclude one another: key material of 24 "
+                "byte keys does not fill whole sectors, and other programs cannot read it"
+            )
         if not 1 <= self.iter_time <= _MAX_ITER_TIME_MS:
             raise RequestError(
                 f"iter-time is {self.iter_time} ms, expected 1 to {_MAX_ITER_TIME_MS}"
