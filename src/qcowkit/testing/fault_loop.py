@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from qcowkit.errors import StorageError
@@ -26,6 +26,7 @@ from qcowkit.testing.crash_states import CrashState, iter_crash_states
 from qcowkit.testing.crash_storage import CrashFiles
 from qcowkit.testing.crash_workload import Crashable, Guest, Plan
 from qcowkit.testing.faulty import Fault, FaultyStorage
+from qcowkit.units import SECTOR
 
 Result = TypeVar("Result")
 
@@ -62,6 +63,9 @@ KINDS = (
     FaultKind(name="lost flush", operations=FLUSHING, errno=errno.EIO),
     FaultKind(name="lost flushes", operations=FLUSHING, errno=errno.EIO, sticky=True),
 )
+# For encrypted disks: of a sector of ciphertext that was written in part nothing can be read, old
+# or new, so what a failing write leaves behind are whole sectors, as it is on any device.
+SECTOR_KINDS = tuple(replace(kind, written=kind.written * SECTOR) for kind in KINDS)
 
 
 class FaultyFiles(CrashFiles):
