@@ -63,8 +63,9 @@ KINDS = (
     FaultKind(name="lost flush", operations=FLUSHING, errno=errno.EIO),
     FaultKind(name="lost flushes", operations=FLUSHING, errno=errno.EIO, sticky=True),
 )
-# For encrypted disks: of a sector of ciphertext that was written in part nothing can be read, old
-# or new, so what a failing write leaves behind are whole sectors, as it is on any device.
+# For encrypted disks, for now: a failing write leaves whole sectors behind. With `KINDS` they show
+# sectors that are neither old nor new where the same disk in clear shows none. Whether that is the
+# torn ciphertext alone is not known yet, so these kinds prove less than those above.
 SECTOR_KINDS = tuple(replace(kind, written=kind.written * SECTOR) for kind in KINDS)
 
 
